@@ -1,0 +1,192 @@
+"""Exact attention over what is held, and the attention that each key receives, without an `N x N` matrix.
+
+Both go through blocks of query rows, so scratch memory is one block of logits whatever the length. Query heads of
+a group are stacked as rows of one matrix product; keys are never repeated.
+
+Shapes: `B` batch, `H` query heads, `Hkv` key-value heads, `N` stored tokens, `T` new tokens, `D` head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK_BYTES", "attend", "attend_naive", "attention_mass", "attention_mass_naive"]
+
+BLOCK_BYTES = 16 << 20
+"""Upper bound on the logits of one block; 16 MiB keeps a block near the caches of a CPU core."""
+
+Visible = Callable[[int, int], Tensor]
+"""`visible(start, end)` -> bool `[B|1, Hkv|1, end - start, N]`: which keys these query rows may see."""
+
+
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor | None = None,
+    reduce: str = "sum",
+    lse: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    visible: Visible | None = None,
+    causal_offset: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention received by every key, reduced over query rows and over the query heads of its group.
+
+    Args:
+        q: `[B, H, T, D]` rotated queries.
+        k: `[B, Hkv, N, D]` rotated keys.
+        weights: `[B|1, H|1, T]` weight of every query row; zero leaves a row out.
+        reduce: `"sum"`, `"max"`, or `"square"` (sum of squared probabilities).
+        lse: `[B, H, T]` log-sum-exp of every row when the forward pass has saved it.
+        scale: factor on the logits, `D ** -0.5` by default.
+        visible: rows to keys, evaluated block by block.
+        causal_offset: instead of `visible`: row `i` sees keys `0 .. i + causal_offset`.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
+        sinks: `[H]` logits that join the denominator but belong to no key.
+
+    Returns:
+        `[B, Hkv, N]` float32 (float64 for float64 queries).
+    """
+    b, hkv, n = k.shape[:3]
+    mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    for s, e, width, p in _blocks(q, k, scale, visible, causal_offset, softcap, sinks, lse):
+        if weights is not None:
+            w = weights[:, :, s:e].expand(b, q.shape[1], e - s).reshape(b, hkv, -1, e - s, 1)
+            p = p * w
+        if reduce == "sum":
+            mass[..., :width] += p.sum((2, 3))
+        elif reduce == "square":
+            mass[..., :width] += p.square().sum((2, 3))
+        elif reduce == "max":
+            mass[..., :width] = torch.maximum(mass[..., :width], p.amax((2, 3)))
+        else:
+            raise ValueError(f'reduce={reduce!r} is not "sum", "max" or "square"')
+    return mass
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    visible: Visible | None = None,
+    causal_offset: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention output `[B, H, T, Dv]` in `v`'s dtype; arguments as in `attention_mass`. Rows that see no key are
+    zero."""
+    b, hkv = k.shape[:2]
+    group = q.shape[1] // hkv
+    out = q.new_zeros(b, hkv, group, q.shape[2], v.shape[-1])
+    for s, e, width, p in _blocks(q, k, scale, visible, causal_offset, softcap, sinks, None):
+        rows = p.flatten(2, 3).to(v.dtype) @ v[:, :, :width]
+        out[:, :, :, s:e] = rows.unflatten(2, (group, e - s))
+    return out.flatten(1, 2)
+
+
+def _blocks(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None,
+    visible: Visible | None,
+    causal_offset: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Yield `(start, end, width, probabilities [B, Hkv, G, rows, width])` for blocks of query rows."""
+    b, h, t, d = q.shape
+    hkv, n = k.shape[1], k.shape[2]
+    group = h // hkv
+    scale = d**-0.5 if scale is None else scale
+    rows = max(16, min(256, BLOCK_BYTES // max(1, b * h * n * 4)))
+    q5 = q.unflatten(1, (hkv, group))
+    kt = k.transpose(-1, -2)
+    for s in range(0, t, rows):
+        e = min(t, s + rows)
+        width = n if causal_offset is None else max(0, min(n, e + causal_offset))
+        block = q5[:, :, :, s:e].reshape(b, hkv, group * (e - s), d) * scale
+        logits = (block @ kt[..., :width]).to(torch.promote_types(q.dtype, torch.float32))
+        logits = logits.unflatten(2, (group, e - s))
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        if visible is not None:
+            logits = logits.masked_fill(~visible(s, e)[:, :, None, :, :width], -math.inf)
+        elif causal_offset is not None:
+            first = max(0, s + causal_offset)
+            row = torch.arange(s, e, device=q.device)[:, None] + causal_offset
+            column = torch.arange(first, width, device=q.device)
+            logits[..., first:width].masked_fill_(column > row, -math.inf)
+        if lse is not None:
+            yield s, e, width, (logits - lse[:, :, s:e].unflatten(1, (hkv, group))[..., None]).exp_()
+            continue
+        top = logits.amax(-1, keepdim=True) if width else logits.new_full((*logits.shape[:-1], 1), -math.inf)
+        extra: Tensor | float = 0.0
+        if sinks is not None:
+            sink = sinks.to(logits.dtype).view(1, hkv, group, 1, 1)
+            top = torch.maximum(top, sink)
+            extra = (sink - top).exp()
+        top = top.masked_fill(top == -math.inf, 0.0)
+        p = (logits - top).exp_()
+        yield s, e, width, p / (p.sum(-1, keepdim=True) + extra).clamp_min(torch.finfo(p.dtype).tiny)
+
+
+def _probabilities_naive(
+    q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = q.to(wide) @ k.to(wide).repeat_interleave(group, 1).transpose(-1, -2)
+    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        column = sinks.to(wide).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    return logits.softmax(-1).nan_to_num(0.0)
+
+
+def attention_mass_naive(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor | None = None,
+    reduce: str = "sum",
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Twin of `attention_mass` that materialises the matrix; `mask` is `[B|1, H|1, T, N]` bool."""
+    p = _probabilities_naive(q, k, scale, mask, softcap, sinks)
+    if weights is not None:
+        p = p * weights[..., None]
+    p = p.unflatten(1, (k.shape[1], -1))
+    if reduce == "max":
+        return p.amax((2, 3))
+    return (p.square() if reduce == "square" else p).sum((2, 3))
+
+
+def attend_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Twin of `attend` that materialises the matrix."""
+    p = _probabilities_naive(q, k, scale, mask, softcap, sinks)
+    return (p @ v.to(p.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)).to(v.dtype)

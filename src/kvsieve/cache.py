@@ -1,0 +1,281 @@
+"""`SieveCache`: a `transformers` cache whose layers stay within a policy's budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from . import hf
+from .errors import PolicyError, UnsupportedModelError, UnsupportedOperationError
+from .layer import KVLayer
+from .ledger import KEY, POSITION, VALUE
+from .policy import Policy
+from .rope import Rotary
+from .store import DenseStore
+from .view import Visibility
+
+__all__ = ["SieveCache", "SieveLayer"]
+
+
+class SieveLayer(CacheLayerMixin):
+    """One managed layer: the cache-layer interface of `transformers` around a `KVLayer`."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, core: KVLayer) -> None:
+        super().__init__()
+        self.core = core
+        self.record_past = False
+        self.hidden: Tensor | None = None
+        self._awaiting = False
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether the scorer reads the input of the attention block."""
+        return self.core.policy.scorer.wants_hidden
+
+    # ---- what the model calls
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values `[B, Hkv, T, D]`; returns tensors that lead the attention back to this layer."""
+        if self._awaiting:
+            raise UnsupportedModelError(
+                f"layer {self.core.layer_idx} received new tokens, but the attention over the last ones never came by: "
+                "this model does not hand its cached keys straight to the attention function, so nothing can be evicted"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.core.append(key_states, value_states)
+        self._awaiting = True
+        store = self.core.store
+        dense = isinstance(store, DenseStore)
+        keys = store.read(KEY) if dense else key_states[:]
+        values = store.read(VALUE) if dense else value_states
+        setattr(keys, hf.TAG, self)
+        return keys, values
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Exact attention over what is held, `[B, T, H, Dv]`; then statistics and eviction."""
+        if dropout:
+            raise UnsupportedOperationError("a cache is for inference: call model.eval() first")
+        core = self.core
+        core.scale, core.softcap, core.sinks = scaling, softcap, s_aux
+        visibility = self._visibility(mask, query.shape[2])
+        core.mark_padding(visibility)
+        stock = isinstance(core.store, DenseStore) and softcap is None and s_aux is None
+        if stock:
+            out = hf.stock_sdpa(
+                module, query, core.attended_keys(), core.store.read(VALUE), self._stock_mask(visibility, query.shape[1]),
+                scaling=scaling, **kwargs,
+            )  # fmt: skip
+        else:
+            out = core.attend(query, visibility).transpose(1, 2).contiguous()
+        self._awaiting = False
+        core.observe(query, visibility, self.hidden, hold=self.record_past)
+        self.hidden = None
+        return out
+
+    def _visibility(self, mask: Any, count: int) -> Visibility:
+        start = self.core.seen - count
+        if mask is None:
+            return Visibility(start, count)
+        if isinstance(mask, hf.MaskSpec):
+            return mask.visibility
+        raise UnsupportedOperationError(
+            "a ready-made 4-D attention mask cannot follow tokens that move; pass the 2-D mask of real tokens"
+        )
+
+    def _stock_mask(self, visibility: Visibility, query_heads: int) -> Tensor | None:
+        """The mask as the stock attention takes it: nothing where it can do without, else `[B, 1|H, T, N]` bool."""
+        offset, visible = self.core.visible(visibility)
+        count, held = visibility.count, self.core.store.longest
+        if visible is None and (count == 1 or offset == 0):
+            return None
+        if visible is None:
+            ones = torch.ones(count, held, dtype=torch.bool, device=self.device)
+            return ones.tril(held - count)[None, None]
+        mask = visible(0, count)
+        heads = self.core.store.heads
+        if heads == 1 or bool((mask[:, :1] == mask).all()):
+            return mask[:, :1]
+        return mask.repeat_interleave(query_heads // heads, dim=1)
+
+    # ---- what generation calls
+
+    def get_seq_length(self) -> int:
+        """Tokens fed so far (not tokens held: positions go on)."""
+        return self.core.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset for masks that kvsieve does not make."""
+        held = self.core.store.longest if self.core.seen else 0
+        return held + query_length, self.core.seen - held
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Hold evictions back until `crop`, so that rejected tokens can be taken back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens. `tokens_to_remove` is negative (or, before transformers 5.16, the positive
+        length to keep)."""
+        if tokens_to_remove > 0:
+            tokens_to_remove = tokens_to_remove - self.core.seen
+        self.core.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.core.reset()
+        self.is_initialized, self._awaiting, self.hidden = False, False, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self.core.map_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.core.map_rows(torch.arange(self.core.store.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.core.map_rows(torch.arange(self.core.store.batch)[indices.cpu()])
+
+    def offload(self) -> None:
+        raise UnsupportedOperationError("a managed layer stays on its device; lower the budget instead")
+
+    def prefetch(self) -> None:
+        raise UnsupportedOperationError("a managed layer stays on its device; lower the budget instead")
+
+
+class SieveCache(Cache):
+    """A `transformers` cache that keeps itself within a policy's budget.
+
+    Constructing it switches this model's decoder attention to kvsieve's (other caches go on as before).
+
+    Args:
+        model: a decoder-only model, or a vision-language model with one.
+        policy: what to keep, from `kvsieve.get_policy`.
+        positions: `"original"`: kept keys keep their rotation. `"slot"`: gaps are closed, so that a stream can run
+            past the length the model was trained for.
+
+    Raises:
+        UnsupportedModelError: the model has nothing that can be managed, or its rotary positions cannot be shifted.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, positions: str = "original") -> None:
+        if positions not in ("original", "slot"):
+            raise PolicyError(f'positions={positions!r} is not "original" or "slot"')
+        config = hf.text_config(model)
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise UnsupportedModelError(f"{type(model).__name__} shares keys between layers, which is not supported")
+        stock = DynamicCache(config=config).layers
+        managed = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
+        if not managed:
+            kinds = sorted({type(layer).__name__ for layer in stock})
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no full-attention layer to manage (its layers are {', '.join(kinds)})"
+            )
+        hf.enable(model)
+        scorer = policy.scorer
+        rope: Rotary | None = hf.rotary_of(model) if positions == "slot" or scorer.wants_rope else None
+        if scorer.wants_hidden:
+            hf.hook_hidden_states(hf.attention_modules(model))
+        scorer.check_model(config)
+        for rank, index in enumerate(managed):
+            stock[index] = SieveLayer(KVLayer(policy, index, rank, len(managed), positions, rope))
+        super().__init__(layers=stock)
+        self.policy, self.positions = policy, positions
+
+    @property
+    def managed(self) -> list[SieveLayer]:
+        """The layers under the policy."""
+        return [layer for layer in self.layers if isinstance(layer, SieveLayer)]
+
+    # ---- what it costs
+
+    def report(self) -> dict[str, Any]:
+        """Measured state of the cache.
+
+        Returns:
+            `tokens_seen`: real tokens fed, per batch row. `tokens_held`: per managed layer, `[B][Hkv]` counts.
+            `bytes_held`: bytes of the storages behind keys and values of managed layers, measured.
+            `bytes_spare`: the part of them that is free room for the next tokens. `bytes_ledger`: records beside them.
+            `bytes_full`: keys and values if nothing had been evicted. `compression_ratio`: share of keys and values
+            removed, measured in tokens. `evictions`: how often a layer has let tokens go. `managed_layers`,
+            `unmanaged_layers` (index and kind).
+        """
+        layers = self.managed
+        used = [layer.core for layer in layers if layer.core.seen]
+        held = sum(core.store.tokens for core in used)
+        full = sum(int(core.real_seen.sum()) * core.store.heads for core in used)
+        bytes_held = sum(core.store.bytes_of((KEY, VALUE)) for core in used)
+        live = sum(core.store.tokens * core.store.bytes_per_token for core in used)
+        bytes_full = sum(int(c.real_seen.sum()) * c.store.heads * c.store.bytes_per_token for c in used)
+        return {
+            "method": self.policy.name,
+            "tokens_seen": used[0].real_seen.tolist() if used else [],
+            "tokens_held": {core.layer_idx: core.store.lengths.tolist() for core in used},
+            "bytes_held": bytes_held,
+            "bytes_spare": bytes_held - live,
+            "bytes_ledger": sum(core.store.bytes_of(set(core.store.columns) - {KEY, VALUE}) for core in used),
+            "bytes_full": bytes_full,
+            "compression_ratio": 1 - held / full if full else 0.0,
+            "evictions": sum(core.evictions for core in used),
+            "managed_layers": [layer.core.layer_idx for layer in layers],
+            "unmanaged_layers": {
+                i: type(layer).__name__ for i, layer in enumerate(self.layers) if not isinstance(layer, SieveLayer)
+            },
+        }
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """`[B, Hkv, N]` int64 original positions of what layer `layer` holds, ascending; -1 behind the last token of
+        heads that hold fewer."""
+        found = self.layers[layer]
+        if not isinstance(found, SieveLayer):
+            raise UnsupportedOperationError(f"layer {layer} is not managed ({type(found).__name__})")
+        store = found.core.store
+        if not found.core.seen:
+            return torch.empty(0, 0, 0, dtype=torch.long)
+        table = torch.where(store.live, store.read(POSITION).long(), torch.iinfo(torch.long).max).sort(-1).values
+        return torch.where(table == torch.iinfo(torch.long).max, -1, table)
+
+    # ---- storage
+
+    def save(self, path: str) -> None:
+        """Write the cache to one safetensors file, to go on later with `load`."""
+        from .storage import save_cache
+
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str, model: PreTrainedModel, policy: Policy | None = None) -> SieveCache:
+        """Read a cache written by `save` for the same model. `policy` replaces the stored one; it is needed where the
+        stored policy held live objects."""
+        from .storage import load_cache
+
+        return load_cache(cls, path, model, policy)

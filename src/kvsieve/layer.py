@@ -1,0 +1,348 @@
+"""One attention layer of one sequence batch under one policy: storage, attention, statistics, eviction.
+
+This is what a host drives: `append` the new keys and values, `attend`, then `observe` (which evicts).
+
+Shapes: `B` batch, `H` query heads, `Hkv` key-value heads, `N` stored tokens, `T` new tokens, `D` head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .attention import Visible, attend, attention_mass
+from .errors import UnsupportedOperationError
+from .ledger import KEY, KIND, POSITION, SEGMENT, VALUE, Kind
+from .policy import Policy
+from .rope import Rotary
+from .store import DenseStore, RaggedStore, Store
+from .view import LayerView, Visibility
+
+__all__ = ["KVLayer"]
+
+
+@dataclass
+class _Forward:
+    """What a forward pass leaves behind until its eviction is decided."""
+
+    queries: Tensor | None
+    visibility: Visibility
+    hidden: Tensor | None
+
+
+class KVLayer:
+    """Keys, values and ledger of one layer, kept within a policy's budget.
+
+    Args:
+        policy: what to keep; shared freely between layers and caches, it has no state.
+        layer_idx: index among the model's layers.
+        rank, n_layers: index among the managed layers, and how many those are.
+        positions: `"original"` or `"slot"` (gaps closed towards the newest token; needs `rope`).
+        rope: the model's rotary embedding, for `"slot"` positions and scorers that ask for it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        layer_idx: int = 0,
+        rank: int = 0,
+        n_layers: int = 1,
+        positions: str = "original",
+        rope: Rotary | None = None,
+    ) -> None:
+        self.policy, self.layer_idx, self.rank, self.n_layers = policy, layer_idx, rank, n_layers
+        self.positions, self.rope = positions, rope
+        self.scale: float | None = None
+        self.softcap: float | None = None
+        self.sinks: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store: Store = DenseStore(0, 0)
+        self.state: dict[str, Tensor] = {}
+        self.seen = 0
+        self.real_seen = torch.zeros(0, dtype=torch.long)
+        self.first = torch.zeros(0, dtype=torch.long)
+        self.evictions = 0
+        self.evicted_at = 0
+        self.has_pads = False
+        self.new_keys = torch.empty(0)
+        self._pending: _Forward | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KVLayer:
+        """A copy of the sequence; policy and model parts are shared."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        for name in ("store", "state", "real_seen", "first", "new_keys", "_pending"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
+
+    # ---- the three calls of a host
+
+    def append(
+        self, keys: Tensor, values: Tensor, kind: Tensor | None = None, segment: int | Tensor | None = None
+    ) -> None:
+        """Store `T` new tokens.
+
+        Args:
+            keys: `[B, Hkv, T, D]` rotated keys.
+            values: `[B, Hkv, T, Dv]`.
+            kind: `[T]` or `[B, T]` what the tokens are (`Kind`); text by default.
+            segment: frame, turn or chunk they belong to.
+        """
+        b, h, t = keys.shape[:3]
+        if not self.seen:
+            self.store = DenseStore(b, h)
+            self.real_seen = torch.zeros(b, dtype=torch.long)
+            self.first = torch.zeros(b, dtype=torch.long, device=keys.device)
+        self.commit()
+        if b != self.store.batch:
+            raise UnsupportedOperationError(
+                f"the cache holds {self.store.batch} sequences, the new tokens have {b}; reset() or use a new cache"
+            )
+        position = torch.arange(self.seen, self.seen + t, dtype=torch.int32, device=keys.device)
+        new = {KEY: keys, VALUE: values, POSITION: position.expand(b, h, t)}
+        if kind is not None:
+            new[KIND] = _per_head(kind.to(torch.uint8), b, h, t)
+        if segment is not None:
+            value = torch.as_tensor(segment, dtype=torch.int32, device=keys.device)
+            new[SEGMENT] = _per_head(value.expand(t) if value.dim() == 0 else value, b, h, t)
+        limit = self.policy.limit
+        self.store.append(new, None if limit is None else limit + 1)
+        self.seen += t
+        self.real_seen = self.real_seen + t
+        self.new_keys = keys
+
+    def attend(self, queries: Tensor, visibility: Visibility) -> Tensor:
+        """Attention of `queries` `[B, H, T, D]` over everything held, `[B, H, T, Dv]`."""
+        self.mark_padding(visibility)
+        offset, visible = self.visible(visibility)
+        keys = self.attended_keys()
+        settings = {"scale": self.scale, "softcap": self.softcap}
+        if isinstance(self.store, DenseStore):
+            return attend(
+                queries,
+                keys,
+                self.store.read(VALUE),
+                visible=visible,
+                causal_offset=offset,
+                sinks=self.sinks,
+                **settings,
+            )
+        group = queries.shape[1] // self.store.heads
+        values = self.store.columns[VALUE]
+        out = queries.new_zeros(*queries.shape[:3], values.shape[-1])
+        for b, h, start, end in self._heads():
+            rows = slice(h * group, (h + 1) * group)
+            out[b : b + 1, rows] = attend(
+                queries[b : b + 1, rows],
+                keys[None, None, start:end],
+                values[None, None, start:end],
+                visible=_of_head(visible, b, h, end - start),
+                sinks=None if self.sinks is None else self.sinks[rows],
+                **settings,
+            )
+        return out
+
+    def observe(
+        self, queries: Tensor | None, visibility: Visibility, hidden: Tensor | None = None, hold: bool = False
+    ) -> None:
+        """Tell the scorer about the forward pass, then evict; `hold` postpones both until `commit`."""
+        self._pending = _Forward(queries, visibility, hidden)
+        if not hold:
+            self.commit()
+
+    def commit(self, rejected: int = 0) -> None:
+        """Carry out what `observe` has postponed, leaving out the last `rejected` tokens of that forward pass."""
+        if self._pending is None:
+            return
+        forward, self._pending = self._pending, None
+        count = forward.visibility.count - rejected
+        if count <= 0:
+            return
+        queries = None if forward.queries is None else forward.queries[:, :, :count]
+        hidden = None if forward.hidden is None else forward.hidden[:, :count]
+        self.new_keys = self.new_keys[:, :, :count]
+        view = LayerView(self, queries, replace(forward.visibility, count=count), hidden)
+        self.policy.scorer.observe(view)
+        keep = self.policy.keep(view)
+        self.new_keys = torch.empty(0)
+        if keep is None:
+            return
+        before = self.store.tokens
+        self.store = self.store.keep(keep, uniform=self.policy.uniform)
+        self.has_pads = False
+        if self.store.tokens < before:
+            self.evictions += 1
+            self.evicted_at = self.seen
+
+    # ---- what attention needs
+
+    def mark_padding(self, visibility: Visibility) -> None:
+        """Write into the ledger which of the new tokens are padding, once per forward pass."""
+        padding = visibility.padding
+        if padding is None or visibility.start + visibility.count != self.seen:
+            return
+        real = visibility.real_queries()
+        if real is None or bool(real.all()):
+            return
+        self.has_pads = True
+        self.store.ensure(KIND)
+        kind = torch.where(real, int(Kind.TEXT), int(Kind.PAD)).to(torch.uint8)
+        self.store.write_new(KIND, _per_head(kind, self.store.batch, self.store.heads, kind.shape[1]))
+        self.real_seen = padding[:, : self.seen].sum(-1).cpu()
+        ahead = padding[:, : self.seen].to(torch.uint8)
+        self.first = torch.where(ahead.any(-1), ahead.argmax(-1), self.seen).to(self.first.device)
+        if self.positions == "slot" and bool(
+            (~padding[:, : self.seen]).sum(-1).to(self.first.device).ne(self.first).any()
+        ):
+            raise UnsupportedOperationError('positions="slot" needs padding on the left only')
+
+    def visible(self, visibility: Visibility) -> tuple[int | None, Visible | None]:
+        """`(causal_offset, visible)` for the attention functions: at most one of them is set, none means that
+        every query sees every key."""
+        plain = visibility.function is None and not self.has_pads
+        if plain and visibility.count == 1:
+            return None, None
+        if plain and self.store.ordered:
+            return self.store.longest - visibility.count, None
+        positions = self.store.read(POSITION)
+        live = self.store.live
+        if self.has_pads:
+            live = live & (self.store.read(KIND) != Kind.PAD)
+        return None, lambda s, e: visibility.mask(positions, live, s, e)
+
+    def attended_keys(self) -> Tensor:
+        """Keys as attention sees them: `[B, Hkv, N, D]` of a dense store, `[total, D]` of a ragged one."""
+        dense = isinstance(self.store, DenseStore)
+        keys = self.store.read(KEY) if dense else self.store.columns[KEY]
+        if self.positions != "slot" or self.rope is None or not self.evictions:
+            return keys
+        shift = self._shifts()
+        if isinstance(self.store, RaggedStore):
+            index, live = self.store._padded()
+            flat = torch.zeros(keys.shape[0], dtype=torch.long, device=keys.device)
+            flat[index[live]] = shift[live]
+            return self.rope.shift(keys[None, None], flat[None, None])[0, 0]
+        return self.rope.shift(keys, shift)
+
+    def _shifts(self) -> Tensor:
+        """`[B, Hkv, N]`: how many evicted tokens are newer than each held token; gaps close towards the newest."""
+        positions, live = self.store.read(POSITION).long(), self.store.live
+        rank = positions.argsort(-1).argsort(-1)
+        newer_held = positions.shape[-1] - 1 - rank
+        return ((self.seen - 1 - positions) - newer_held).masked_fill(~live, 0)
+
+    def _heads(self) -> list[tuple[int, int, int, int]]:
+        """`(batch, head, start, end)` of every segment of a ragged store."""
+        assert isinstance(self.store, RaggedStore)
+        heads = self.store.heads
+        return [(i // heads, i % heads, s, e) for i, (s, e) in enumerate(self.store.segments())]
+
+    def attention_mass(self, view: LayerView, queries: Tensor, weights: Tensor | None, reduce: str) -> Tensor:
+        """See `LayerView.attention_mass`."""
+        t = queries.shape[2]
+        visibility = replace(view._visibility, start=view.seen - t, count=t)
+        real = visibility.real_queries()
+        if real is not None and not bool(real.all()):
+            real = real[:, None].to(queries.device, queries.dtype)
+            weights = real if weights is None else weights * real
+        offset, visible = self.visible(visibility)
+        keys = self.attended_keys()
+        settings = {"reduce": reduce, "scale": self.scale, "softcap": self.softcap}
+        if isinstance(self.store, DenseStore):
+            return attention_mass(
+                queries, keys, weights, visible=visible, causal_offset=offset, sinks=self.sinks, **settings
+            )
+        group = queries.shape[1] // self.store.heads
+        mass = torch.zeros(
+            *self.store.live.shape, dtype=torch.promote_types(queries.dtype, torch.float32), device=queries.device
+        )
+        for b, h, start, end in self._heads():
+            rows = slice(h * group, (h + 1) * group)
+            w = weights
+            if w is not None:
+                w = w[b % w.shape[0]][None]
+                w = w if w.shape[1] == 1 else w[:, rows]
+            mass[b, h, : end - start] = attention_mass(
+                queries[b : b + 1, rows],
+                keys[None, None, start:end],
+                w,
+                visible=_of_head(visible, b, h, end - start),
+                sinks=None if self.sinks is None else self.sinks[rows],
+                **settings,
+            )[0, 0]
+        return mass
+
+    # ---- changes to the batch and to the past
+
+    def map_rows(self, rows: Tensor) -> None:
+        """Make batch row `i` a copy of the present row `rows[i]`, for beams, repeats and selections."""
+        if not self.seen:
+            return
+        self.commit()
+        self.store = self.store.map_rows(rows)
+        self.state = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.state.items()}
+        self.real_seen = self.real_seen[rows.cpu()]
+        self.first = self.first[rows.to(self.first.device)]
+
+    def crop(self, count: int) -> None:
+        """Take back the last `count` tokens, as if they had never been fed.
+
+        Raises:
+            UnsupportedOperationError: an eviction, or statistics that cannot be subtracted, came after them.
+        """
+        if count <= 0 or not self.seen:
+            self.commit()
+            return
+        forward = self._pending
+        held_back = forward.visibility.count if forward is not None else 0
+        if count > self.seen:
+            raise UnsupportedOperationError(f"cannot take back {count} tokens: only {self.seen} were fed")
+        if count > held_back and self.evicted_at > self.seen - count:
+            raise UnsupportedOperationError(
+                f"layer {self.layer_idx} has evicted tokens since the {count} last ones arrived; "
+                "what they pushed out is gone. Crop before evicting, or start a new cache"
+            )
+        if count > held_back and self.policy.scorer.history:
+            raise UnsupportedOperationError(
+                f"{self.policy.name} has already counted the attention of the last {count} tokens, "
+                "which cannot be taken back; start a new cache, or copy this one before the tokens are fed"
+            )
+        keep = self.store.live & (self.store.read(POSITION) < self.seen - count)
+        fresh = self.store.new
+        self.store = self.store.keep(keep)
+        self.seen -= count
+        if self.has_pads or bool(self.first.any()):
+            raise_if_padded_tail(self, count)
+        self.real_seen = self.real_seen - count
+        self.store.new = max(fresh - count, 0)
+        self.commit(rejected=min(count, held_back))
+
+    @property
+    def pending(self) -> bool:
+        """Whether a forward pass waits for `commit`."""
+        return self._pending is not None
+
+
+def raise_if_padded_tail(layer: KVLayer, count: int) -> None:
+    """Cropped tokens must be real, or the count of real tokens would go wrong."""
+    if bool((layer.real_seen < count).any()):
+        raise UnsupportedOperationError("cannot take back padding tokens")
+
+
+def _per_head(values: Tensor, b: int, h: int, t: int) -> Tensor:
+    """`[T]` or `[B, T]` -> `[B, Hkv, T]`."""
+    return (values[None] if values.dim() == 1 else values)[:, None].expand(b, h, t)
+
+
+def _of_head(visible: Visible | None, b: int, h: int, n: int) -> Visible | None:
+    """The visibility of one head, cut to its own length."""
+    if visible is None:
+        return None
+    inner = visible
+    return lambda s, e: inner(s, e)[b : b + 1, h : h + 1, :, :n]

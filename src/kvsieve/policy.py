@@ -1,0 +1,242 @@
+"""A policy: what a token is worth, how many stay, which never leave, when to look.
+
+Policies are frozen: everything that belongs to one sequence lives in its cache.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import budgets as _budgets
+from . import triggers as _triggers
+from .budgets import AcrossHeads, Budget, Pyramid, Ratio, Share, Threshold, Tokens, Uniform, Unlimited, parse_budget
+from .errors import BudgetError, PolicyError
+from .protect import Protect
+from .scorer import SCORERS, Scorer
+from .select import check_scores, top_mask
+from .triggers import AfterPrefill, EveryForward, Trigger, parse_trigger
+from .view import LayerView
+
+__all__ = ["Policy", "get_policy", "list_methods"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The four answers put together.
+
+    Attributes:
+        scorer: what each cached token is worth.
+        budget: how many tokens may stay.
+        protect: which tokens may never leave.
+        trigger: when a layer is looked at.
+        share: how the budget is shared over layers and heads.
+    """
+
+    scorer: Scorer
+    budget: Budget = field(default_factory=Unlimited)
+    protect: Protect = field(default_factory=Protect)
+    trigger: Trigger = field(default_factory=EveryForward)
+    share: Share = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, Tokens) and self.protect.smallest > self.budget.n:
+            raise BudgetError(
+                f"{self.name}: a budget of {self.budget.n} tokens is below what is protected "
+                f"({self.protect.sink} sinks + {self.protect.recent} recent); "
+                f"the smallest legal budget is {self.protect.smallest}"
+            )
+        if isinstance(self.budget, Threshold) and not isinstance(self.share, Uniform):
+            raise PolicyError(f"{self.name}: a threshold decides token by token and cannot be shared ({self.share})")
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.scorer.name
+
+    @property
+    def evicts(self) -> bool:
+        """False for a policy that never removes anything."""
+        return not isinstance(self.budget, Unlimited)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all heads of a layer are meant to hold the same number of tokens."""
+        return self.share.uniform and not isinstance(self.budget, Threshold)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens per head that are never exceeded between forward passes, where that is known beforehand."""
+        if isinstance(self.budget, Tokens) and isinstance(self.trigger, EveryForward) and type(self.share) is Uniform:
+            return self.budget.n
+        return None
+
+    def keep(self, view: LayerView) -> Tensor | None:
+        """`[B, Hkv, N]` bool of the tokens that stay, or `None` when this forward pass calls for no decision."""
+        if not self.evicts or not self.trigger.fires(view):
+            return None
+        valid = view.valid
+        if isinstance(self.budget, Threshold):
+            scores = check_scores(self.scorer.score(view), valid)
+            return valid & (self.protect.mask(view) | (scores >= self.budget.value))
+        counts = self._layer_counts(view)
+        held = valid.sum(-1)
+        if self.share.uniform and not bool((held.cpu() > counts[:, None]).any()):
+            return valid
+        protected = self.protect.mask(view)
+        counts = self._above_protection(counts, protected, view)
+        scores = check_scores(self.scorer.score(view), valid)
+        per_head = self.share.per_head(scores, valid, protected, counts)
+        return top_mask(scores, view.positions, valid, protected, per_head)
+
+    def _layer_counts(self, view: LayerView) -> Tensor:
+        """`[B]` tokens per head of this layer, on average over its heads."""
+        rows = []
+        for amount, seen in zip(self.budget.amounts(view), view.real_seen.tolist(), strict=True):
+            count = self.budget.counts(amount) if math.isfinite(amount) else seen
+            rows.append(self.share.per_layer(amount, count, seen, view))
+        return torch.tensor(rows, dtype=torch.long)
+
+    def _above_protection(self, counts: Tensor, protected: Tensor, view: LayerView) -> Tensor:
+        """A ratio never cuts into protection (the measured rate tells); a token or byte budget must not be able to."""
+        needed = protected.sum(-1).amax(-1).cpu()
+        if isinstance(self.budget, Ratio) or not bool((needed > counts).any()):
+            return torch.maximum(counts, needed)
+        raise BudgetError(
+            f"{self.name}: layer {view.layer_idx} may keep {int(counts.min())} tokens per head, but {int(needed.max())} "
+            f"are protected; the smallest legal budget here is {int(needed.max())} tokens per head in every layer"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready description, read back by `Policy.from_dict`."""
+        if not self.scorer.serializable:
+            raise PolicyError(f"{self.name}: this scorer holds live objects; name them by path to make it storable")
+        parts = {"scorer": self.scorer, "budget": self.budget, "protect": self.protect}
+        parts |= {"trigger": self.trigger, "share": self.share}
+        out = {key: {"type": type(part).__name__, **asdict(part)} for key, part in parts.items()}
+        out["scorer"]["type"] = self.scorer.name
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Policy:
+        """Inverse of `to_dict`."""
+
+        def build(key: str, module: Any) -> Any:
+            entry = dict(data[key])
+            kind = entry.pop("type")
+            made = _find(kind) if key == "scorer" else getattr(module, kind)
+            return made(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+
+        protect = {k: tuple(v) if isinstance(v, list) else v for k, v in data["protect"].items() if k != "type"}
+        return cls(
+            scorer=build("scorer", None),
+            budget=build("budget", _budgets),
+            protect=Protect(**protect),
+            trigger=build("trigger", _triggers),
+            share=build("share", _budgets),
+        )
+
+
+def list_methods() -> list[str]:
+    """Names of all methods, sorted."""
+    from . import methods  # noqa: F401  (defining a method registers it)
+
+    return sorted(SCORERS)
+
+
+def _find(name: str) -> type[Scorer]:
+    known = list_methods()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PolicyError(f"unknown method {name!r}{hint} Known methods: {', '.join(known)}")
+    return SCORERS[name]
+
+
+_SHARES: dict[str, type[Share]] = {"uniform": Uniform, "pyramid": Pyramid, "across_heads": AcrossHeads}
+
+
+def get_policy(
+    name: str,
+    *,
+    budget: Budget | float | int | str | None = None,
+    compression_ratio: float | None = None,
+    threshold: float | None = None,
+    window: int | None = None,
+    when: str | Trigger | None = None,
+    share: str | Share | None = None,
+    protect: Protect | None = None,
+    **hyper: Any,
+) -> Policy:
+    """Make a policy from a method's name.
+
+    Args:
+        name: a method, see `list_methods()`.
+        budget: what is **kept**: a float is a share of the tokens seen, an int is tokens per head (on average over
+            heads and layers), a string such as `"512MiB"` is bytes over all layers.
+        compression_ratio: instead of `budget`: the share **removed**, in [0, 1); counts are
+            `max(1, int(n * (1 - compression_ratio)))`.
+        threshold: instead of `budget`: a token stays while its score is at least this.
+        window: the last `window` tokens are never evicted (overrides the method's own window).
+        when: `"prefill"` (default for ratios), `"every_forward"` (default otherwise), `"every:N"`, `"over:N"`.
+        share: `"uniform"`, `"pyramid"`, `"across_heads"`, or a `Share`; the method's own by default.
+        protect: replaces the method's protection altogether.
+        **hyper: the method's hyper-parameters.
+
+    Raises:
+        PolicyError: unknown method or hyper-parameter, or a value outside its range.
+        BudgetError: a budget below what is protected, or no budget for a method that needs one.
+    """
+    cls = _find(name)
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(hyper) - known)
+    if unknown:
+        allowed = ", ".join(sorted(known)) or "none"
+        raise PolicyError(f"{name} has no hyper-parameter {unknown[0]!r}; it has: {allowed}")
+    scorer = cls(**hyper)
+    amount = _amount(scorer, budget, compression_ratio, threshold)
+    guard = scorer.default_protect() if protect is None else protect
+    if window is not None:
+        guard = replace(guard, recent=window)
+    if when is None:
+        when = AfterPrefill() if isinstance(amount, Ratio) else EveryForward()
+    return Policy(scorer, amount, guard, parse_trigger(when), _share(scorer, share, amount))
+
+
+def _amount(
+    scorer: Scorer,
+    budget: Budget | float | int | str | None,
+    compression_ratio: float | None,
+    threshold: float | None,
+) -> Budget:
+    given = [k for k, v in (("budget", budget), ("compression_ratio", compression_ratio), ("threshold", threshold))
+             if v is not None]  # fmt: skip
+    if len(given) > 1:
+        raise PolicyError(f"{scorer.name}: give only one of {' and '.join(given)}")
+    if threshold is not None:
+        return Threshold(float(threshold))
+    if compression_ratio is not None:
+        if not 0.0 <= compression_ratio < 1.0:
+            raise BudgetError(f"compression_ratio is the share removed and must lie in [0, 1), not {compression_ratio}")
+        return Ratio(1 - compression_ratio)
+    default = scorer.default_budget()
+    if budget is None and default is None:
+        raise BudgetError(
+            f"{scorer.name} needs a budget: budget=0.5 (share kept), budget=1024 (tokens) or budget='512MiB'"
+        )
+    return default if budget is None and default is not None else parse_budget(budget)
+
+
+def _share(scorer: Scorer, share: str | Share | None, amount: Budget) -> Share:
+    if share is None:
+        return Uniform() if isinstance(amount, Threshold) else scorer.default_share()
+    if isinstance(share, Share):
+        return share
+    if share not in _SHARES:
+        raise PolicyError(f"share={share!r} is not one of {', '.join(sorted(_SHARES))}")
+    return _SHARES[share]()

@@ -1,0 +1,93 @@
+"""What each cached token is worth: the first answer of a `Policy`.
+
+A method is a frozen dataclass of hyper-parameters with a `name` and a `score`. Defining it registers it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .budgets import Budget, Share, Uniform
+from .protect import Protect
+
+if TYPE_CHECKING:
+    from .view import LayerView
+
+__all__ = ["SCORERS", "Scorer", "StaticScorer"]
+
+SCORERS: dict[str, type[Scorer]] = {}
+"""Every method by name, filled as methods are defined."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Base class of all methods. Larger scores stay.
+
+    Class attributes:
+        name: registers the class under this name; leave it out for a base class.
+        source: where the method comes from, shown in the method table.
+        wants_hidden: the host must hand over the attention block's input (`view.hidden`).
+        wants_rope: the host must hand over the rotary embedding (`view.rope`).
+        history: the scorer sums over queries, so cropping a cache cannot be undone exactly.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    wants_hidden: ClassVar[bool] = False
+    wants_rope: ClassVar[bool] = False
+    history: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            SCORERS[cls.name] = cls
+
+    @property
+    def serializable(self) -> bool:
+        """Whether the hyper-parameters are plain values that JSON can hold."""
+        return True
+
+    def default_budget(self) -> Budget | None:
+        """Budget when the caller names none; `None` means that one must be named."""
+        return None
+
+    def default_protect(self) -> Protect:
+        """What the method's paper never evicts."""
+        return Protect()
+
+    def default_share(self) -> Share:
+        """How the method's paper shares a budget over layers and heads."""
+        return Uniform()
+
+    def check_model(self, config: Any) -> None:
+        """Raise if the method cannot serve a model with this configuration (a surrogate of another model, say)."""
+
+    def observe(self, view: LayerView) -> None:
+        """Called after every forward pass, before any eviction: collect statistics into the ledger or `state`."""
+
+    def score(self, view: LayerView) -> Tensor:
+        """`[B, Hkv, N]` worth of every held token."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StaticScorer(Scorer):
+    """A scorer whose verdict on a token is fixed when the token arrives."""
+
+    def token_score(self, view: LayerView) -> Tensor:
+        """`[B, Hkv, T]` worth of the new tokens."""
+        raise NotImplementedError
+
+    def observe(self, view: LayerView) -> None:
+        view.write_new("score", self.token_score(view).to(_stat_dtype(view.new_keys)))
+
+    def score(self, view: LayerView) -> Tensor:
+        return view.column("score")
+
+
+def _stat_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32

@@ -1,0 +1,91 @@
+"""Choose which tokens stay, given scores and counts. Deterministic: ties go to the more recent token.
+
+Shapes: `B` batch, `Hkv` key-value heads, `N` stored tokens (padded where heads differ in length).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import ScoreError
+
+__all__ = ["check_scores", "top_mask", "top_mask_naive"]
+
+
+def check_scores(scores: Tensor, valid: Tensor) -> Tensor:
+    """Return `scores` in float32 (float64 stays), or raise `ScoreError` if a valid token scores NaN."""
+    if scores.shape != valid.shape:
+        raise ScoreError(
+            f"a scorer must return one score per stored token, shape {tuple(valid.shape)}; "
+            f"it returned {tuple(scores.shape)}"
+        )
+    if scores.dtype != torch.float64:
+        scores = scores.float()
+    bad = torch.isnan(scores) & valid
+    if bool(bad.any()):
+        raise ScoreError(
+            f"{int(bad.sum())} of {int(valid.sum())} scores are NaN; "
+            "the model's keys, values or hidden states are probably not finite"
+        )
+    return scores
+
+
+def top_mask(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor, counts: Tensor) -> Tensor:
+    """Keep the `counts` best tokens of every head.
+
+    Args:
+        scores: `[B, Hkv, N]` float32, larger is better.
+        positions: `[B, Hkv, N]` original positions; among equal scores the larger position wins.
+        valid: `[B, Hkv, N]` bool; tokens that are not valid are never kept.
+        protected: `[B, Hkv, N]` bool; ranked before all others.
+        counts: `[B, Hkv]` how many tokens each head may keep.
+
+    Returns:
+        `[B, Hkv, N]` bool.
+    """
+    n_valid = valid.sum(-1)
+    counts = torch.minimum(counts.to(n_valid.device), n_valid)
+    drops = n_valid - counts
+    if int(drops.max()) == 0:
+        return valid.clone()
+    if int(drops.max()) == 1 and not bool((protected & valid).sum(-1).gt(counts).any()):
+        return _drop_one(scores, positions, valid, protected, drops)
+    return _rank(scores, positions, valid, protected) < counts[..., None]
+
+
+def _drop_one(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor, drops: Tensor) -> Tensor:
+    """At most one victim per head: the lowest score, the oldest among equals. No sort."""
+    loose = valid & ~protected
+    masked = scores.masked_fill(~loose, float("inf"))
+    lowest = masked.amin(-1, keepdim=True)
+    tied = loose & (masked == lowest)
+    age = torch.where(tied, positions, torch.iinfo(positions.dtype).max)
+    victim = age.argmin(-1, keepdim=True)
+    keep = valid.clone()
+    return keep.scatter_(-1, victim, keep.gather(-1, victim) & (drops[..., None] == 0))
+
+
+def _rank(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor) -> Tensor:
+    """Rank 0 is the best token of each head: protected first, then by score, then by recency; invalid last."""
+    tier = torch.where(valid, torch.where(protected, 0, 1), 2)
+    order = positions.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+    order = order.gather(-1, tier.gather(-1, order).argsort(dim=-1, stable=True))
+    ranks = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def top_mask_naive(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor, counts: Tensor) -> Tensor:
+    """Twin of `top_mask` in plain Python, for tests."""
+    keep = torch.zeros_like(valid)
+    for b in range(scores.shape[0]):
+        for h in range(scores.shape[1]):
+            slots = [i for i in range(scores.shape[2]) if valid[b, h, i]]
+            slots.sort(
+                key=lambda i: (bool(protected[b, h, i]), float(scores[b, h, i]), int(positions[b, h, i])),
+                reverse=True,
+            )
+            for i in slots[: int(counts[b, h])]:
+                keep[b, h, i] = True
+    return keep

@@ -1,0 +1,368 @@
+"""Where the tensors of one layer live: named columns that are appended and kept together.
+
+Two layouts share one interface. `DenseStore` holds the same number of tokens in every head, `[B, Hkv, cap, ...]`.
+`RaggedStore` gives every head a segment of its own in one flat buffer, so that heads of different length hold
+exactly what they keep. Neither copies the cache when a token is appended or when one token per head is dropped:
+appending writes into spare capacity, and dropping one token moves the last token into its slot (attention does
+not care about order when keys carry their rotation, and every token carries its position).
+
+Shapes: `B` batch, `Hkv` key-value heads, `N` stored tokens of the longest head, `T` new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .ledger import KEY, VALUE, spec_of
+
+__all__ = ["DenseStore", "RaggedStore", "Store"]
+
+Columns = dict[str, Tensor]
+
+
+def _spare(need: int) -> int:
+    """Capacity beyond `need`: about three per cent, so that copies on growth are rare and bytes stay honest."""
+    return max(need // 32, 8)
+
+
+class Store:
+    """Common interface; `columns` maps a name to the buffer that holds it."""
+
+    columns: Columns
+    batch: int
+    heads: int
+    ordered: bool
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[B, Hkv]` int64 on the CPU: tokens held by each head."""
+        raise NotImplementedError
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest head."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held, summed over batch and heads."""
+        return int(self.lengths.sum())
+
+    @property
+    def live(self) -> Tensor:
+        """`[B, Hkv, N]` bool: slots that hold a token (all of them in a dense store)."""
+        raise NotImplementedError
+
+    def append(self, new: Columns, limit: int | None = None) -> None:
+        """Add `T` tokens to every head. `new` has `[B, Hkv, T, ...]` per column, columns not named get their fill
+        value. `limit`: tokens per head that will never be exceeded for long, a bound on spare capacity."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> Tensor:
+        """`[B, Hkv, N, ...]`: the column; a view in a dense store, a padded copy in a ragged one."""
+        raise NotImplementedError
+
+    def write_new(self, name: str, values: Tensor) -> None:
+        """Write `[B, Hkv, T, ...]` into the column for the `T` tokens appended last."""
+        raise NotImplementedError
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add `[B, Hkv, N]` to the column in place."""
+        raise NotImplementedError
+
+    def keep(self, mask: Tensor, uniform: bool = False) -> Store:
+        """Keep the tokens where `mask` `[B, Hkv, N]` is true and free the others. Returns the store to use on.
+        `uniform`: heads are meant to end up equally long, so a ragged store turns dense as soon as they are."""
+        raise NotImplementedError
+
+    def map_rows(self, rows: Tensor) -> Store:
+        """The store with batch rows `rows` (int64 indices), for beams and batch selection."""
+        raise NotImplementedError
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Bytes of the storages behind these columns, spare capacity included."""
+        return sum(self.columns[n].untyped_storage().nbytes() for n in names if n in self.columns)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's key and value in one head."""
+        return sum(self.columns[n].shape[-1] * self.columns[n].element_size() for n in (KEY, VALUE))
+
+    def ensure(self, name: str) -> None:
+        """Create the ledger column `name`, filled with its default, if it is not there yet."""
+        if name not in self.columns:
+            reference, spec = self.columns[KEY], spec_of(name)
+            wide = spec.dtype.is_floating_point and reference.dtype == torch.float64
+            dtype = torch.float64 if wide else spec.dtype
+            self.columns[name] = torch.full(reference.shape[:-1], spec.fill, dtype=dtype, device=reference.device)
+
+
+def _fresh(old: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """An uninitialised (keys, values) or default-filled (ledger) buffer like `old` with leading `shape`."""
+    if name in (KEY, VALUE):
+        return old.new_empty(*shape, old.shape[-1])
+    return old.new_full(shape, spec_of(name).fill)
+
+
+class DenseStore(Store):
+    """Every head holds the same number of tokens."""
+
+    def __init__(self, batch: int, heads: int) -> None:
+        self.batch, self.heads = batch, heads
+        self.columns = {}
+        self.n = 0
+        self.new = 0
+        self.ordered = True
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.full((self.batch, self.heads), self.n, dtype=torch.long)
+
+    @property
+    def longest(self) -> int:
+        return self.n
+
+    @property
+    def capacity(self) -> int:
+        return self.columns[KEY].shape[2] if self.columns else 0
+
+    @property
+    def live(self) -> Tensor:
+        return torch.ones(self.batch, self.heads, self.n, dtype=torch.bool, device=self.columns[KEY].device)
+
+    def append(self, new: Columns, limit: int | None = None) -> None:
+        t = new[KEY].shape[2]
+        need = self.n + t
+        if need > self.capacity:
+            capacity = need
+            if self.n:
+                spare = need + _spare(need)
+                capacity = max(need, min(spare, limit)) if limit is not None else spare
+            self._resize(capacity, new)
+        for name in new:
+            self.ensure(name)
+        for name, buffer in self.columns.items():
+            if name in new:
+                buffer[:, :, self.n : need] = new[name]
+            else:
+                buffer[:, :, self.n : need] = spec_of(name).fill
+        self.n, self.new = need, t
+
+    def _resize(self, capacity: int, like: Columns) -> None:
+        shape = (self.batch, self.heads, capacity)
+        source = self.columns or like
+        for name, old in source.items():
+            buffer = _fresh(old, shape, name)
+            if self.columns and self.n:
+                buffer[:, :, : self.n] = old[:, :, : self.n]
+            self.columns[name] = buffer
+
+    def read(self, name: str) -> Tensor:
+        return self.columns[name][:, :, : self.n]
+
+    def write_new(self, name: str, values: Tensor) -> None:
+        self.ensure(name)
+        self.columns[name][:, :, self.n - self.new : self.n] = values
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.ensure(name)
+        self.columns[name][:, :, : self.n] += values
+
+    def keep(self, mask: Tensor, uniform: bool = False) -> Store:
+        counts = mask.sum(-1)
+        kept = int(counts.max())
+        if int(counts.min()) != kept:
+            return RaggedStore.from_dense(self, mask)
+        if kept == self.n:
+            return self
+        if self.n - kept == 1 and kept:
+            self._drop_one(mask)
+            return self
+        index = mask.nonzero()[:, 2].view(self.batch, self.heads, kept)
+        if not self.ordered:
+            order = self.read("position").gather(2, index).argsort(-1)
+            index, self.ordered = index.gather(2, order), True
+        for name, buffer in self.columns.items():
+            where = index if buffer.dim() == 3 else index[..., None].expand(-1, -1, -1, buffer.shape[-1])
+            self.columns[name] = buffer[:, :, : self.n].gather(2, where)
+        self.n, self.new = kept, 0
+        return self
+
+    def _drop_one(self, mask: Tensor) -> None:
+        """Move the last token of every head into the slot of its victim."""
+        victim = mask.to(torch.uint8).argmin(-1)
+        last = self.n - 1
+        self.ordered = self.ordered and bool((victim == last).all())
+        b = torch.arange(self.batch, device=mask.device)[:, None]
+        h = torch.arange(self.heads, device=mask.device)[None]
+        for buffer in self.columns.values():
+            buffer[b, h, victim] = buffer[:, :, last]
+        self.n, self.new = last, 0
+
+    def map_rows(self, rows: Tensor) -> Store:
+        rows = rows.to(self.columns[KEY].device)
+        self.columns = {name: buffer.index_select(0, rows) for name, buffer in self.columns.items()}
+        self.batch = rows.numel()
+        return self
+
+
+class RaggedStore(Store):
+    """Every head has its own segment `[offset, offset + length)` of a flat buffer, with spare room behind it."""
+
+    ordered = False
+
+    def __init__(self, batch: int, heads: int, columns: Columns, lengths: Tensor) -> None:
+        """`columns`: `[total, ...]` packed head after head; `lengths`: `[B, Hkv]` tokens per head."""
+        self.batch, self.heads = batch, heads
+        self.columns = columns
+        self._lengths = lengths.reshape(-1).cpu()
+        self._capacities = self._lengths.clone()
+        self._offsets = self._lengths.cumsum(0) - self._lengths
+        self.new = 0
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_dense(cls, dense: DenseStore, mask: Tensor) -> RaggedStore:
+        """Pack what `mask` `[B, Hkv, N]` keeps of a dense store, in order of position."""
+        rows = mask.flatten(0, 1)
+        if dense.ordered:
+            where = rows.nonzero(as_tuple=True)
+        else:
+            order = dense.read("position").flatten(0, 1).argsort(-1)
+            head, rank = rows.gather(1, order).nonzero(as_tuple=True)
+            where = head, order[head, rank]
+        columns = {name: buffer.flatten(0, 1)[where] for name, buffer in dense.columns.items()}
+        return cls(dense.batch, dense.heads, columns, mask.sum(-1))
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._lengths.view(self.batch, self.heads)
+
+    @property
+    def longest(self) -> int:
+        return int(self._lengths.max())
+
+    def segments(self) -> list[tuple[int, int]]:
+        """`(start, end)` of every head's live tokens in the flat buffer, batch-major."""
+        ends = self._offsets + self._lengths
+        return list(zip(self._offsets.tolist(), ends.tolist(), strict=True))
+
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """`[B, Hkv, N]` flat index of every slot (dead slots point at the head's start), and the live mask."""
+        if self._table is None:
+            device = self.columns[KEY].device
+            step = torch.arange(self.longest)
+            live = step < self._lengths[:, None]
+            index = self._offsets[:, None] + step * live
+            index.clamp_(max=max(self.columns[KEY].shape[0] - 1, 0))
+            shape = (self.batch, self.heads, -1)
+            self._table = index.view(shape).to(device), live.view(shape).to(device)
+        return self._table
+
+    @property
+    def live(self) -> Tensor:
+        return self._padded()[1]
+
+    def read(self, name: str) -> Tensor:
+        index, live = self._padded()
+        buffer = self.columns[name]
+        out = buffer[index]
+        if name in (KEY, VALUE):
+            return out
+        return out.masked_fill_(~live, spec_of(name).fill)
+
+    def _new_index(self) -> Tensor:
+        """`[B, Hkv, T]` flat index of the tokens appended last."""
+        first = (self._offsets + self._lengths - self.new).view(self.batch, self.heads, 1)
+        return (first + torch.arange(self.new)).to(self.columns[KEY].device)
+
+    def append(self, new: Columns, limit: int | None = None) -> None:
+        t = new[KEY].shape[2]
+        for name in new:
+            self.ensure(name)
+        if bool((self._lengths + t > self._capacities).any()):
+            total = int(self._lengths.sum()) + t * self._lengths.numel()
+            self._relayout(self._lengths + t + max(_spare(total) // self._lengths.numel(), 4))
+        self._lengths = self._lengths + t
+        self.new, self._table = t, None
+        where = self._new_index()
+        for name, buffer in self.columns.items():
+            if name in new:
+                buffer[where] = new[name].to(buffer.dtype)
+            else:
+                buffer[where] = spec_of(name).fill
+
+    def write_new(self, name: str, values: Tensor) -> None:
+        self.ensure(name)
+        self.columns[name][self._new_index()] = values.to(self.columns[name].dtype)
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.ensure(name)
+        index, live = self._padded()
+        self.columns[name][index[live]] += values[live]
+
+    def _relayout(self, capacities: Tensor) -> None:
+        """Move every segment into a buffer where it has this capacity."""
+        index, live = self._padded()
+        offsets = capacities.cumsum(0) - capacities
+        step = torch.arange(index.shape[-1])
+        target = (offsets[:, None] + step).view(index.shape).to(index.device)
+        for name, old in self.columns.items():
+            buffer = _fresh(old, (int(capacities.sum()),), name)
+            buffer[target[live]] = old[index[live]]
+            self.columns[name] = buffer
+        self._offsets, self._capacities, self._table = offsets, capacities, None
+
+    def keep(self, mask: Tensor, uniform: bool = False) -> Store:
+        counts = mask.sum(-1).reshape(-1).cpu()
+        drops = self._lengths - counts
+        if uniform and int(counts.min()) == int(counts.max()):
+            return self._gather(mask, counts)
+        if int(drops.max()) == 0:
+            return self
+        if int(drops.max()) == 1 and int(counts.min()) > 0 and not self._wasteful(counts):
+            self._drop_one(mask, drops)
+            return self
+        return self._gather(mask, counts)
+
+    def _wasteful(self, counts: Tensor) -> bool:
+        """Whether the buffer would be mostly spare room after dropping to `counts`."""
+        total = int(counts.sum())
+        return int(self._capacities.sum()) > total + 2 * max(_spare(total), 8 * counts.numel())
+
+    def _drop_one(self, mask: Tensor, drops: Tensor) -> None:
+        device = self.columns[KEY].device
+        index, live = self._padded()
+        losing = drops > 0
+        last = (self._offsets + self._lengths - 1)[losing].to(device)
+        slot = (mask | ~live).to(torch.uint8).argmin(-1, keepdim=True)
+        victim = index.gather(-1, slot).reshape(-1)[losing.to(device)]
+        for buffer in self.columns.values():
+            buffer[victim] = buffer[last]
+        self._lengths = self._lengths - drops
+        self.new, self._table = 0, None
+
+    def _gather(self, mask: Tensor, counts: Tensor) -> Store:
+        """Pack what stays; back to the dense layout when all heads are equally long again."""
+        index, _ = self._padded()
+        position = self.read("position").masked_fill(~mask, torch.iinfo(torch.int32).max)
+        order = position.argsort(-1)
+        where = index.gather(-1, order)[mask.gather(-1, order)]
+        columns = {name: buffer[where] for name, buffer in self.columns.items()}
+        n = int(counts.max())
+        if n == 0 or int(counts.min()) != n:
+            return RaggedStore(self.batch, self.heads, columns, counts.view(self.batch, self.heads))
+        dense = DenseStore(self.batch, self.heads)
+        dense.columns = {k: v.view(self.batch, self.heads, n, *v.shape[1:]) for k, v in columns.items()}
+        dense.n = n
+        return dense
+
+    def map_rows(self, rows: Tensor) -> Store:
+        rows = rows.to(self.columns[KEY].device)
+        index, live = self._padded()
+        keep = live[rows]
+        columns = {name: buffer[index[rows][keep]] for name, buffer in self.columns.items()}
+        return RaggedStore(rows.numel(), self.heads, columns, self.lengths[rows.cpu()])

@@ -1,0 +1,210 @@
+"""What a scorer sees: one layer of one cache, right after the attention of a forward pass.
+
+Shapes: `B` batch, `H` query heads, `Hkv` key-value heads, `N` stored tokens (of the longest head), `T` new tokens,
+`D` head dim. Slots are in no particular order; `positions` says which token lies where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .ledger import KEY, KIND, POSITION, VALUE, Kind
+
+if TYPE_CHECKING:
+    from .layer import KVLayer
+    from .rope import Rotary
+
+__all__ = ["LayerView", "Visibility"]
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Visibility:
+    """Which keys the new queries may see: a description, evaluated by every layer on its own positions.
+
+    Attributes:
+        start: column index of the first new query.
+        count: number of new queries `T`.
+        padding: `[B, columns]` bool, true for real tokens; `None` when there is no padding.
+        function: `f(batch, head, query column, key column) -> bool` on broadcast index tensors; `None` is causal.
+    """
+
+    start: int
+    count: int
+    padding: Tensor | None = None
+    function: MaskFunction | None = None
+
+    def mask(self, positions: Tensor, live: Tensor, start: int, end: int) -> Tensor:
+        """`[B, Hkv, end - start, N]` bool for query rows `start:end` over keys at `positions` `[B, Hkv, N]`."""
+        device = positions.device
+        q = torch.arange(self.start + start, self.start + end, device=device)[None, None, :, None]
+        kv = positions.long().clamp_min(0)[:, :, None, :]
+        if self.function is None:
+            seen = kv <= q
+        else:
+            b = torch.arange(positions.shape[0], device=device)[:, None, None, None]
+            h = torch.arange(positions.shape[1], device=device)[None, :, None, None]
+            seen = self.function(b, h, q, kv)
+        return seen & live[:, :, None, :]
+
+    def real_queries(self) -> Tensor | None:
+        """`[B, T]` bool: queries that are not padding; `None` when all are real."""
+        if self.padding is None:
+            return None
+        return self.padding[:, self.start : self.start + self.count]
+
+
+class LayerView:
+    """One layer after one forward pass. Scorers read it; `write_new`, `add` and `state` are theirs to change.
+
+    Attributes:
+        layer_idx: index of the layer among the model's layers.
+        rank: index of the layer among the `n_layers` managed ones, from 0.
+        n_layers: how many layers the policy manages.
+        seen: columns fed to the layer so far, padding and the new tokens included.
+        new: how many of them are new, `T`.
+        first: `[B]` column of the first real token of every row (0 without padding).
+        state: tensors (batch first) that a scorer keeps between forward passes of this sequence.
+    """
+
+    def __init__(
+        self, layer: KVLayer, queries: Tensor | None, visibility: Visibility, hidden: Tensor | None = None
+    ) -> None:
+        self._layer, self._store = layer, layer.store
+        self._queries, self._visibility, self._hidden = queries, visibility, hidden
+        self.layer_idx, self.rank, self.n_layers = layer.layer_idx, layer.rank, layer.n_layers
+        self.seen, self.new = layer.seen, visibility.count
+        self.first = layer.first
+        self.state = layer.state
+
+    # ---- what is held
+
+    @property
+    def held(self) -> int:
+        """Tokens of the longest head."""
+        return self._store.longest
+
+    @property
+    def real_seen(self) -> Tensor:
+        """`[B]` int64 on the CPU: real tokens seen by every row, padding not counted."""
+        return self._layer.real_seen
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """`[B, Hkv, N]` int32 column of every held token, -1 where a ragged head is shorter."""
+        return self._store.read(POSITION)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """`[B, Hkv, N]` bool: the slot holds a real token."""
+        live = self._store.live
+        return live & (self._store.read(KIND) != Kind.PAD) if self.has(KIND) else live
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """`[B, Hkv, N, D]` keys with the rotation of their original position."""
+        return self._store.read(KEY)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """`[B, Hkv, N, Dv]` values."""
+        return self._store.read(VALUE)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's key and value in one head."""
+        return self._store.bytes_per_token
+
+    @property
+    def new_keys(self) -> Tensor:
+        """`[B, Hkv, T, D]` keys of the new tokens."""
+        return self._layer.new_keys
+
+    @property
+    def new_positions(self) -> Tensor:
+        """`[T]` int64 columns of the new tokens."""
+        return torch.arange(self.seen - self.new, self.seen, device=self.keys_device)
+
+    @property
+    def keys_device(self) -> torch.device:
+        """Where the layer lives."""
+        return self._store.columns[KEY].device
+
+    # ---- what came in
+
+    @property
+    def queries(self) -> Tensor:
+        """`[B, H, T, D]` rotated queries of the new tokens."""
+        if self._queries is None:
+            raise RuntimeError("this host does not hand queries to scorers")
+        return self._queries
+
+    @property
+    def hidden(self) -> Tensor:
+        """`[B, T, hidden]` input of the attention block for the new tokens. Set `wants_hidden` to get it."""
+        if self._hidden is None:
+            raise RuntimeError("the scorer reads hidden states but does not say so (`wants_hidden = True`)")
+        return self._hidden
+
+    @property
+    def real_queries(self) -> Tensor | None:
+        """`[B, T]` bool: new tokens that are not padding; `None` when all are real."""
+        return self._visibility.real_queries()
+
+    @property
+    def rope(self) -> Rotary:
+        """The model's rotary embedding. Set `wants_rope` to get it."""
+        if self._layer.rope is None:
+            raise RuntimeError("the scorer needs rotary positions but does not say so (`wants_rope = True`)")
+        return self._layer.rope
+
+    # ---- statistics
+
+    def has(self, name: str) -> bool:
+        """Whether the ledger has a column of this name."""
+        return name in self._store.columns
+
+    def column(self, name: str) -> Tensor:
+        """`[B, Hkv, N]` a column of the ledger; zeros if nobody has written it."""
+        self._store.ensure(name)
+        return self._store.read(name)
+
+    def write_new(self, name: str, values: Tensor) -> None:
+        """Write `[B, Hkv, T]` into column `name` for the new tokens."""
+        self._store.write_new(name, values)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add `[B, Hkv, N]` to column `name`."""
+        self._store.add(name, values)
+
+    def attention_mass(
+        self, queries: Tensor | None = None, weights: Tensor | None = None, reduce: str = "sum"
+    ) -> Tensor:
+        """Attention that every held key receives, `[B, Hkv, N]` float32.
+
+        Args:
+            queries: `[B, H, t, D]` the last `t` queries of the sequence; the new ones by default.
+            weights: `[B|1, H|1, t]` per-query weights. Padding queries always weigh zero.
+            reduce: `"sum"`, `"max"` or `"square"` over queries and over the heads of a group.
+        """
+        return self._layer.attention_mass(self, self.queries if queries is None else queries, weights, reduce)
+
+    def remember_queries(self, count: int) -> Tensor:
+        """Keep the last `count` queries in `state` and return them, `[B, H, <= count, D]`."""
+        queries = self.queries
+        if queries.shape[2] < count and "queries" in self.state:
+            queries = torch.cat([self.state["queries"], queries], dim=2)
+        self.state["queries"] = queries[:, :, -count:].clone()
+        return self.state["queries"]
+
+    def by_position(self, values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `function` to `values` `[B, Hkv, N]` laid out in order of position (empty slots last)."""
+        order = self.positions.masked_fill(~self.valid, torch.iinfo(torch.int32).max).argsort(-1)
+        return torch.empty_like(values).scatter_(-1, order, function(values.gather(-1, order)))
