@@ -8,7 +8,9 @@ Shapes: `B` batch, `H` query heads, `Hkv` key-value heads, `N` stored tokens, `T
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +33,17 @@ class _Forward:
     queries: Tensor | None
     visibility: Visibility
     hidden: Tensor | None
+
+
+class _Head(NamedTuple):
+    """One head of a ragged store: its batch row, its query heads, its span in the flat buffer."""
+
+    b: int
+    h: int
+    rows: slice
+    span: slice
+    visible: Visible | None
+    sinks: Tensor | None
 
 
 class KVLayer:
@@ -122,30 +135,19 @@ class KVLayer:
         self.mark_padding(visibility)
         offset, visible = self.visible(visibility)
         keys = self.attended_keys()
-        settings = {"scale": self.scale, "softcap": self.softcap}
         if isinstance(self.store, DenseStore):
+            values = self.store.read(VALUE)
             return attend(
-                queries,
-                keys,
-                self.store.read(VALUE),
-                visible=visible,
-                causal_offset=offset,
-                sinks=self.sinks,
-                **settings,
-            )
-        group = queries.shape[1] // self.store.heads
+                queries, keys, values, visible=visible, causal_offset=offset,
+                scale=self.scale, softcap=self.softcap, sinks=self.sinks,
+            )  # fmt: skip
         values = self.store.columns[VALUE]
         out = queries.new_zeros(*queries.shape[:3], values.shape[-1])
-        for b, h, start, end in self._heads():
-            rows = slice(h * group, (h + 1) * group)
-            out[b : b + 1, rows] = attend(
-                queries[b : b + 1, rows],
-                keys[None, None, start:end],
-                values[None, None, start:end],
-                visible=_of_head(visible, b, h, end - start),
-                sinks=None if self.sinks is None else self.sinks[rows],
-                **settings,
-            )
+        for head in self._heads(queries.shape[1], visible):
+            out[head.b, head.rows] = attend(
+                queries[head.b, head.rows][None], keys[None, None, head.span], values[None, None, head.span],
+                visible=head.visible, scale=self.scale, softcap=self.softcap, sinks=head.sinks,
+            )[0]  # fmt: skip
         return out
 
     def observe(
@@ -204,11 +206,12 @@ class KVLayer:
 
     def visible(self, visibility: Visibility) -> tuple[int | None, Visible | None]:
         """`(causal_offset, visible)` for the attention functions: at most one of them is set, none means that
-        every query sees every key."""
+        every query sees every key. Older queries than the new ones may have lost keys between them, so only the
+        new ones can count on a triangle."""
         plain = visibility.function is None and not self.has_pads
         if plain and visibility.count == 1:
             return None, None
-        if plain and self.store.ordered:
+        if plain and self.store.ordered and visibility.count <= self.store.new:
             return self.store.longest - visibility.count, None
         positions = self.store.read(POSITION)
         live = self.store.live
@@ -237,11 +240,16 @@ class KVLayer:
         newer_held = positions.shape[-1] - 1 - rank
         return ((self.seen - 1 - positions) - newer_held).masked_fill(~live, 0)
 
-    def _heads(self) -> list[tuple[int, int, int, int]]:
-        """`(batch, head, start, end)` of every segment of a ragged store."""
+    def _heads(self, query_heads: int, visible: Visible | None) -> Iterator[_Head]:
+        """Every head of a ragged store, with what its part of the attention needs."""
         assert isinstance(self.store, RaggedStore)
         heads = self.store.heads
-        return [(i // heads, i % heads, s, e) for i, (s, e) in enumerate(self.store.segments())]
+        group = query_heads // heads
+        for i, (start, end) in enumerate(self.store.segments()):
+            b, h = divmod(i, heads)
+            rows = slice(h * group, (h + 1) * group)
+            sinks = None if self.sinks is None else self.sinks[rows]
+            yield _Head(b, h, rows, slice(start, end), _of_head(visible, b, h, end - start), sinks)
 
     def attention_mass(self, view: LayerView, queries: Tensor, weights: Tensor | None, reduce: str) -> Tensor:
         """See `LayerView.attention_mass`."""
@@ -253,29 +261,21 @@ class KVLayer:
             weights = real if weights is None else weights * real
         offset, visible = self.visible(visibility)
         keys = self.attended_keys()
-        settings = {"reduce": reduce, "scale": self.scale, "softcap": self.softcap}
         if isinstance(self.store, DenseStore):
             return attention_mass(
-                queries, keys, weights, visible=visible, causal_offset=offset, sinks=self.sinks, **settings
-            )
-        group = queries.shape[1] // self.store.heads
-        mass = torch.zeros(
-            *self.store.live.shape, dtype=torch.promote_types(queries.dtype, torch.float32), device=queries.device
-        )
-        for b, h, start, end in self._heads():
-            rows = slice(h * group, (h + 1) * group)
-            w = weights
-            if w is not None:
-                w = w[b % w.shape[0]][None]
-                w = w if w.shape[1] == 1 else w[:, rows]
-            mass[b, h, : end - start] = attention_mass(
-                queries[b : b + 1, rows],
-                keys[None, None, start:end],
-                w,
-                visible=_of_head(visible, b, h, end - start),
-                sinks=None if self.sinks is None else self.sinks[rows],
-                **settings,
-            )[0, 0]
+                queries, keys, weights, reduce, visible=visible, causal_offset=offset,
+                scale=self.scale, softcap=self.softcap, sinks=self.sinks,
+            )  # fmt: skip
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        mass = torch.zeros(*self.store.live.shape, dtype=dtype, device=queries.device)
+        if weights is not None:
+            weights = weights.expand(*queries.shape[:3])
+        for head in self._heads(queries.shape[1], visible):
+            mass[head.b, head.h, : head.span.stop - head.span.start] = attention_mass(
+                queries[head.b, head.rows][None], keys[None, None, head.span],
+                None if weights is None else weights[head.b, head.rows][None], reduce,
+                visible=head.visible, scale=self.scale, softcap=self.softcap, sinks=head.sinks,
+            )[0, 0]  # fmt: skip
         return mass
 
     # ---- changes to the batch and to the past

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import budgets as _budgets
+from . import protect as _protect
 from . import triggers as _triggers
 from .budgets import AcrossHeads, Budget, Pyramid, Ratio, Share, Threshold, Tokens, Uniform, Unlimited, parse_budget
 from .errors import BudgetError, PolicyError
@@ -108,38 +109,29 @@ class Policy:
         if isinstance(self.budget, Ratio) or not bool((needed > counts).any()):
             return torch.maximum(counts, needed)
         raise BudgetError(
-            f"{self.name}: layer {view.layer_idx} may keep {int(counts.min())} tokens per head, but {int(needed.max())} "
-            f"are protected; the smallest legal budget here is {int(needed.max())} tokens per head in every layer"
+            f"{self.name}: layer {view.layer_idx} may keep {int(counts.min())} tokens per head, but "
+            f"{int(needed.max())} are protected; the smallest legal budget here is {int(needed.max())} tokens per "
+            "head in every layer"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description, read back by `Policy.from_dict`."""
         if not self.scorer.serializable:
             raise PolicyError(f"{self.name}: this scorer holds live objects; name them by path to make it storable")
-        parts = {"scorer": self.scorer, "budget": self.budget, "protect": self.protect}
-        parts |= {"trigger": self.trigger, "share": self.share}
-        out = {key: {"type": type(part).__name__, **asdict(part)} for key, part in parts.items()}
+        parts = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        out = {key: {"type": type(part).__name__, **asdict(part)} for key, part in parts}
         out["scorer"]["type"] = self.scorer.name
         return out
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Policy:
         """Inverse of `to_dict`."""
-
-        def build(key: str, module: Any) -> Any:
-            entry = dict(data[key])
-            kind = entry.pop("type")
-            made = _find(kind) if key == "scorer" else getattr(module, kind)
-            return made(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
-
-        protect = {k: tuple(v) if isinstance(v, list) else v for k, v in data["protect"].items() if k != "type"}
-        return cls(
-            scorer=build("scorer", None),
-            budget=build("budget", _budgets),
-            protect=Protect(**protect),
-            trigger=build("trigger", _triggers),
-            share=build("share", _budgets),
-        )
+        parts: dict[str, Any] = {}
+        for key, entry in data.items():
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "type"}
+            kind = _find(entry["type"]) if key == "scorer" else getattr(_PARTS[key], entry["type"])
+            parts[key] = kind(**values)
+        return cls(**parts)
 
 
 def list_methods() -> list[str]:
@@ -158,6 +150,7 @@ def _find(name: str) -> type[Scorer]:
     return SCORERS[name]
 
 
+_PARTS = {"budget": _budgets, "protect": _protect, "trigger": _triggers, "share": _budgets}
 _SHARES: dict[str, type[Share]] = {"uniform": Uniform, "pyramid": Pyramid, "across_heads": AcrossHeads}
 
 

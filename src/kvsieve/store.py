@@ -35,6 +35,8 @@ class Store:
     batch: int
     heads: int
     ordered: bool
+    new: int
+    """Tokens appended last, at the end of every head, until the next `keep`."""
 
     @property
     def lengths(self) -> Tensor:
@@ -199,7 +201,7 @@ class DenseStore(Store):
         b = torch.arange(self.batch, device=mask.device)[:, None]
         h = torch.arange(self.heads, device=mask.device)[None]
         for buffer in self.columns.values():
-            buffer[b, h, victim] = buffer[:, :, last]
+            buffer[b, h, victim] = buffer[:, :, last].clone()
         self.n, self.new = last, 0
 
     def map_rows(self, rows: Tensor) -> Store:
@@ -344,6 +346,10 @@ class RaggedStore(Store):
             buffer[victim] = buffer[last]
         self._lengths = self._lengths - drops
         self.new, self._table = 0, None
+
+    def pack(self) -> None:
+        """Give up all spare room."""
+        self._relayout(self._lengths.clone())
 
     def _gather(self, mask: Tensor, counts: Tensor) -> Store:
         """Pack what stays; back to the dense layout when all heads are equally long again."""

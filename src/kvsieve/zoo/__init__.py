@@ -46,5 +46,5 @@ def load(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> tu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = str(path(name))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,129 @@
+"""A cache on disk: one safetensors file, every tensor as it is, every number in its header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import DataError, UnsupportedOperationError
+from .policy import Policy
+from .store import DenseStore, RaggedStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .cache import SieveCache
+    from .layer import KVLayer
+
+__all__ = ["load_cache", "save_cache"]
+
+_FORMAT = "kvsieve-cache-1"
+_PLAIN = ("seen", "evictions", "evicted_at", "has_pads")
+
+
+def save_cache(cache: SieveCache, path: str) -> None:
+    """Write `cache` to `path`. Spare capacity is not stored.
+
+    Raises:
+        UnsupportedOperationError: the model has layers that kvsieve does not manage and that hold tokens.
+    """
+    foreign = [i for i, layer in enumerate(cache.layers) if layer not in cache.managed and layer.is_initialized]
+    if foreign:
+        raise UnsupportedOperationError(
+            f"layers {foreign} are not managed by kvsieve, and their state cannot be stored with the cache"
+        )
+    tensors: dict[str, Tensor] = {}
+    layers: list[dict[str, Any]] = []
+    for layer in cache.managed:
+        layer.core.commit()
+        layers.append(_pack(layer.core, tensors))
+    policy = cache.policy
+    header = {
+        "format": _FORMAT,
+        "positions": cache.positions,
+        "method": policy.name,
+        "policy": policy.to_dict() if policy.scorer.serializable else None,
+        "layers": layers,
+    }
+    save_file(tensors, path, {"kvsieve": json.dumps(header)})
+
+
+def load_cache(cls: type[SieveCache], path: str, model: PreTrainedModel, policy: Policy | None) -> SieveCache:
+    """Read a cache for `model`; see `SieveCache.load`.
+
+    Raises:
+        DataError: the file is missing, is not a kvsieve cache, or belongs to a model of another shape.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("kvsieve", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not header or header.get("format") != _FORMAT:
+        raise DataError(f"{path} is not a cache written by this version of kvsieve ({_FORMAT})")
+    if policy is None:
+        if header["policy"] is None:
+            raise DataError(f"the policy of {path} ({header['method']}) held live objects; pass policy= to load it")
+        policy = Policy.from_dict(header["policy"])
+    cache = cls(model, policy, positions=header["positions"])
+    layers = cache.managed
+    if [layer.core.layer_idx for layer in layers] != [entry["layer_idx"] for entry in header["layers"]]:
+        raise DataError(f"{path} was written for a model with other layers")
+    for layer, entry in zip(layers, header["layers"], strict=True):
+        _unpack(layer.core, entry, tensors, model.device)
+        if layer.core.seen:
+            keys = layer.core.store.columns["key"]
+            layer.lazy_initialization(keys)
+    return cache
+
+
+def _pack(core: KVLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Add the layer's tensors under its index; return its header entry."""
+    entry: dict[str, Any] = {name: getattr(core, name) for name in _PLAIN}
+    entry |= {"layer_idx": core.layer_idx, "dense": isinstance(core.store, DenseStore)}
+    entry |= {"batch": core.store.batch, "heads": core.store.heads}
+    prefix = f"{core.layer_idx}."
+    if not core.seen:
+        return entry
+    if not isinstance(core.store, DenseStore):
+        core.store.pack()
+        tensors[prefix + "lengths"] = core.store.lengths.contiguous()
+    for name, buffer in core.store.columns.items():
+        live = core.store.read(name) if entry["dense"] else buffer
+        tensors[f"{prefix}column.{name}"] = live.contiguous().cpu()
+    for name, value in core.state.items():
+        tensors[f"{prefix}state.{name}"] = value.contiguous().cpu()
+    tensors[prefix + "real_seen"], tensors[prefix + "first"] = core.real_seen.clone(), core.first.cpu().clone()
+    entry["ordered"] = core.store.ordered
+    return entry
+
+
+def _unpack(core: KVLayer, entry: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+    for name in _PLAIN:
+        setattr(core, name, entry[name])
+    if not core.seen:
+        return
+    prefix = f"{core.layer_idx}."
+
+    def part(kind: str) -> dict[str, Tensor]:
+        head = f"{prefix}{kind}."
+        return {k[len(head) :]: v.to(device) for k, v in tensors.items() if k.startswith(head)}
+
+    columns = part("column")
+    if entry["dense"]:
+        store = DenseStore(entry["batch"], entry["heads"])
+        store.columns, store.n, store.ordered = columns, columns["key"].shape[2], entry["ordered"]
+        core.store = store
+    else:
+        core.store = RaggedStore(entry["batch"], entry["heads"], columns, tensors[prefix + "lengths"])
+    core.state = part("state")
+    core.real_seen, core.first = tensors[prefix + "real_seen"], tensors[prefix + "first"].to(device)

@@ -1,0 +1,77 @@
+"""Blockwise attention and attention mass against the twins that materialise the matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvsieve import attention
+from kvsieve.attention import attend, attend_naive, attention_mass, attention_mass_naive
+
+
+@pytest.fixture(params=[attention.BLOCK_BYTES, 1], ids=["one block", "many blocks"])
+def _blocks(request, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_BYTES", request.param)
+
+
+SHAPES = [(1, 4, 2, 40, 40, 8), (2, 6, 2, 33, 50, 16), (2, 4, 4, 1, 30, 8), (1, 8, 1, 300, 300, 4)]
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "weights", "mask"])
+@pytest.mark.parametrize("reduce", ["sum", "max", "square"])
+def test_mass_and_output_equal_naive(shape, extra, reduce):
+    b, h, hkv, t, n, d = shape
+    torch.manual_seed(0)
+    q, k, v = torch.randn(b, h, t, d), torch.randn(b, hkv, n, d), torch.randn(b, hkv, n, d)
+    rows, columns = torch.arange(t)[:, None], torch.arange(n)
+    mask = columns <= rows + n - t
+    settings = {}
+    if extra == "softcap":
+        settings["softcap"] = 3.0
+    if extra == "sinks":
+        settings["sinks"] = torch.randn(h)
+    how = {"causal_offset": n - t}
+    if extra == "mask":
+        heads = (torch.rand(b, hkv, t, n) < 0.7) & mask
+        heads[:, :, 0] = False  # a query that sees nothing
+        mask = heads.repeat_interleave(h // hkv, 1)
+        how = {"visible": lambda s, e: heads[:, :, s:e]}
+    weights = torch.rand(b, h, t) if extra == "weights" else None
+    got = attention_mass(q, k, weights, reduce, **how, **settings)
+    want = attention_mass_naive(q, k, weights, reduce, mask=mask.expand(b, h, t, n), **settings)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        attend(q, k, v, **how, **settings),
+        attend_naive(q, k, v, mask=mask.expand(b, h, t, n), **settings),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_mass_is_conserved_and_lse_reused():
+    q, k = torch.randn(2, 4, 64, 8), torch.randn(2, 2, 64, 8)
+    mass = attention_mass(q, k, causal_offset=0)
+    torch.testing.assert_close(mass.sum(-1), torch.full((2, 2), 128.0), rtol=1e-5, atol=1e-4)
+    logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5
+    logits = logits.masked_fill(torch.ones(64, 64).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(attention_mass(q, k, causal_offset=0, lse=logits.logsumexp(-1)), mass)
+
+
+def test_half_precision_accumulates_in_float32():
+    q, k = torch.randn(1, 2, 256, 16), torch.randn(1, 1, 256, 16)
+    exact = attention_mass_naive(q.bfloat16(), k.bfloat16())
+    got = attention_mass(q.bfloat16(), k.bfloat16())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, exact, rtol=2e-2, atol=1e-2)
+
+
+def test_float64_stays_float64():
+    q, k = torch.randn(1, 2, 9, 4, dtype=torch.float64), torch.randn(1, 1, 9, 4, dtype=torch.float64)
+    torch.testing.assert_close(attention_mass(q, k), attention_mass_naive(q, k), rtol=1e-13, atol=1e-13)
+
+
+def test_unknown_reduction():
+    with pytest.raises(ValueError, match="median"):
+        attention_mass(torch.randn(1, 1, 1, 2), torch.randn(1, 1, 1, 2), reduce="median")

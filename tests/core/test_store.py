@@ -1,0 +1,115 @@
+"""Both layouts against a plain dictionary of tokens: whatever is appended, dropped or reordered, every token keeps
+its own key, value and record, and memory follows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvsieve.ledger import KEY, POSITION, VALUE
+from kvsieve.store import DenseStore, RaggedStore, Store
+
+
+def tokens(b: int, h: int, first: int, t: int) -> dict[str, torch.Tensor]:
+    """Tokens whose key and value can be recomputed from batch row, head and position."""
+    position = torch.arange(first, first + t, dtype=torch.int32).expand(b, h, t)
+    code = torch.arange(b)[:, None, None] * 1e6 + torch.arange(h)[None, :, None] * 1e4 + position
+    return {
+        KEY: torch.stack([code, code + 0.25], -1),
+        VALUE: torch.stack([code + 0.5, code, -code], -1),
+        POSITION: position,
+        "mass": code * 2,
+    }
+
+
+def contents(store: Store) -> list[list[list[tuple[float, ...]]]]:
+    """`[b][h]` sorted list of (position, key, value, mass)."""
+    columns = [store.read(name) for name in (POSITION, KEY, VALUE, "mass")]
+    live = store.live
+    out = []
+    for b in range(store.batch):
+        out.append([])
+        for h in range(store.heads):
+            rows = [
+                (int(p), *k.tolist(), *v.tolist(), float(m))
+                for p, k, v, m, alive in zip(*(c[b, h] for c in columns), live[b, h], strict=True)
+                if alive
+            ]
+            out[b].append(sorted(rows))
+    return out
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data(), b=st.integers(1, 2), h=st.integers(1, 3))
+def test_store_is_a_dictionary_of_tokens(data, b, h):
+    store: Store = DenseStore(b, h)
+    seen = 0
+    rows = list(range(b))  # which original batch row each row is a copy of
+    alive = [[set() for _ in range(h)] for _ in range(b)]
+    for _ in range(data.draw(st.integers(1, 8))):
+        t = data.draw(st.sampled_from([1, 1, 1, 3, 9]))
+        new = tokens(b, h, seen, t)
+        store.append({k: v[rows] for k, v in new.items()}, limit=data.draw(st.sampled_from([None, 6])))
+        for r in range(b):
+            for heads in alive[r]:
+                heads.update(range(seen, seen + t))
+        seen += t
+        move = data.draw(st.sampled_from(["nothing", "one", "same", "differ", "rows"]))
+        if move == "rows":
+            chosen = data.draw(st.lists(st.integers(0, b - 1), min_size=b, max_size=b))
+            store = store.map_rows(torch.tensor(chosen))
+            rows = [rows[c] for c in chosen]
+            alive = [copy.deepcopy(alive[c]) for c in chosen]
+        elif move != "nothing":
+            drop = {"one": 1, "same": 4}.get(move)
+            mask = store.live.clone()
+            for r in range(b):
+                for i in range(h):
+                    slots = mask[r, i].nonzero().flatten().tolist()
+                    count = data.draw(st.integers(0, len(slots) - 1)) if drop is None else min(drop, len(slots) - 1)
+                    order = data.draw(st.permutations(slots))
+                    mask[r, i, list(order[:count])] = False
+                    kept = store.read(POSITION)[r, i][mask[r, i]].tolist()
+                    alive[r][i] = set(kept)
+            store = store.keep(mask, uniform=data.draw(st.booleans()))
+        everything = tokens(b, h, 0, seen)
+        for r, row in enumerate(contents(store)):
+            for i, head in enumerate(row):
+                assert [p for p, *_ in head] == sorted(alive[r][i])
+                for p, k0, k1, v0, v1, v2, m in head:
+                    code = float(everything[KEY][rows[r], i, p, 0])
+                    assert (k0, k1, v0, v1, v2, m) == (code, code + 0.25, code + 0.5, code, -code, code * 2)
+        assert store.lengths.tolist() == [[len(s) for s in row] for row in alive]
+
+
+@pytest.mark.parametrize("differ", [False, True], ids=["dense", "ragged"])
+def test_memory_goes_down(differ):
+    store: Store = DenseStore(1, 2)
+    store.append(tokens(1, 2, 0, 1000))
+    mask = torch.zeros(1, 2, 1000, dtype=torch.bool)
+    mask[:, :, ::4] = True
+    if differ:
+        mask[0, 0, :100] = False
+    store = store.keep(mask)
+    assert isinstance(store, RaggedStore if differ else DenseStore)
+    assert store.bytes_of((KEY, VALUE)) == int(mask.sum()) * store.bytes_per_token
+    store.append(tokens(1, 2, 1000, 1))
+    assert store.bytes_of((KEY, VALUE)) <= 1.05 * (int(mask.sum()) + 2) * store.bytes_per_token + 16 * 20
+
+
+def test_steady_state_copies_nothing():
+    store: Store = DenseStore(1, 2)
+    store.append(tokens(1, 2, 0, 64), limit=65)
+    store.append(tokens(1, 2, 64, 1), limit=65)
+    buffer = store.columns[KEY].data_ptr()
+    for i in range(65, 165):
+        mask = torch.ones(1, 2, 65, dtype=torch.bool)
+        mask[0, 0, i % 60], mask[0, 1, (7 * i) % 60] = False, False
+        store = store.keep(mask)
+        store.append(tokens(1, 2, i, 1), limit=65)
+        assert store.columns[KEY].data_ptr() == buffer
+        assert store.columns[KEY].shape[2] == 65
