@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 __all__ = ["BLOCK_BYTES", "attend", "attend_naive", "attention_mass", "attention_mass_naive"]
 
@@ -85,6 +86,9 @@ def attend(
     zero."""
     b, hkv = k.shape[:2]
     group = q.shape[1] // hkv
+    if q.shape[2] == 1 and visible is None and causal_offset is None and softcap is None and sinks is None:
+        rows = q.unflatten(1, (hkv, group)).squeeze(3)  # the heads of a group as rows of one small attention
+        return scaled_dot_product_attention(rows, k, v, scale=scale).flatten(1, 2)[:, :, None]
     out = q.new_zeros(b, hkv, group, q.shape[2], v.shape[-1])
     for s, e, width, p in _blocks(q, k, scale, visible, causal_offset, softcap, sinks, None):
         rows = p.flatten(2, 3).to(v.dtype) @ v[:, :, :width]
@@ -125,6 +129,9 @@ def _blocks(
             row = torch.arange(s, e, device=q.device)[:, None] + causal_offset
             column = torch.arange(first, width, device=q.device)
             logits[..., first:width].masked_fill_(column > row, -math.inf)
+        if visible is None and causal_offset is None and sinks is None and lse is None:
+            yield s, e, width, logits.softmax(-1)
+            continue
         if lse is not None:
             yield s, e, width, (logits - lse[:, :, s:e].unflatten(1, (hkv, group))[..., None]).exp_()
             continue

@@ -82,8 +82,9 @@ class KVLayer:
         self.first = torch.zeros(0, dtype=torch.long)
         self.evictions = 0
         self.evicted_at = 0
-        self.has_pads = False
+        self.has_pads = self.padded = False
         self.new_keys = torch.empty(0)
+        self.new_kind: Tensor | None = None
         self._pending: _Forward | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVLayer:
@@ -119,6 +120,7 @@ class KVLayer:
             )
         position = torch.arange(self.seen, self.seen + t, dtype=torch.int32, device=keys.device)
         new = {KEY: keys, VALUE: values, POSITION: position.expand(b, h, t)}
+        self.new_kind = kind
         if kind is not None:
             new[KIND] = _per_head(kind.to(torch.uint8), b, h, t)
         if segment is not None:
@@ -171,13 +173,15 @@ class KVLayer:
         self.new_keys = self.new_keys[:, :, :count]
         view = LayerView(self, queries, replace(forward.visibility, count=count), hidden)
         self.policy.scorer.observe(view)
-        keep = self.policy.keep(view)
-        self.new_keys = torch.empty(0)
-        if keep is None:
-            return
         before = self.store.tokens
-        self.store = self.store.keep(keep, uniform=self.policy.uniform)
-        self.has_pads = False
+        handled, victims = self.policy.one_out(view)
+        if victims is not None and isinstance(self.store, DenseStore):
+            self.store.drop(victims)
+        keep = None if handled else self.policy.keep(view)
+        if keep is not None:
+            self.store = self.store.keep(keep, uniform=self.policy.uniform)
+            self.has_pads = self.padded = False
+        self.new_keys = torch.empty(0)
         if self.store.tokens < before:
             self.evictions += 1
             self.evicted_at = self.seen
@@ -192,13 +196,14 @@ class KVLayer:
         real = visibility.real_queries()
         if real is None or bool(real.all()):
             return
-        self.has_pads = True
-        self.store.ensure(KIND)
-        kind = torch.where(real, int(Kind.TEXT), int(Kind.PAD)).to(torch.uint8)
-        self.store.write_new(KIND, _per_head(kind, self.store.batch, self.store.heads, kind.shape[1]))
-        self.real_seen = padding[:, : self.seen].sum(-1).cpu()
-        ahead = padding[:, : self.seen].to(torch.uint8)
-        self.first = torch.where(ahead.any(-1), ahead.argmax(-1), self.seen).to(self.first.device)
+        self.has_pads = self.padded = True
+        b, h = self.store.batch, self.store.heads
+        kind = self.new_kind if self.new_kind is not None else torch.tensor(int(Kind.TEXT), dtype=torch.uint8)
+        kind = torch.where(real.to(kind.device), kind, int(Kind.PAD)).to(torch.uint8)
+        self.store.write_new(KIND, _per_head(kind, b, h, visibility.count))
+        ahead = padding[:, : self.seen]
+        self.real_seen = ahead.sum(-1).cpu()
+        self.first = torch.where(ahead.any(-1), ahead.to(torch.uint8).argmax(-1), self.seen).to(self.first.device)
         if self.positions == "slot" and bool(
             (~padding[:, : self.seen]).sum(-1).to(self.first.device).ne(self.first).any()
         ):
@@ -322,6 +327,11 @@ class KVLayer:
         self.real_seen = self.real_seen - count
         self.store.new = max(fresh - count, 0)
         self.commit(rejected=min(count, held_back))
+
+    @property
+    def plain(self) -> bool:
+        """Whether every slot of every head holds a real token and no row began with padding."""
+        return isinstance(self.store, DenseStore) and not self.padded
 
     @property
     def pending(self) -> bool:

@@ -20,7 +20,7 @@ from .budgets import AcrossHeads, Budget, Pyramid, Ratio, Share, Threshold, Toke
 from .errors import BudgetError, PolicyError
 from .protect import Protect
 from .scorer import SCORERS, Scorer
-from .select import check_scores, top_mask
+from .select import check_scores, lowest_slot, top_mask
 from .triggers import AfterPrefill, EveryForward, Trigger, parse_trigger
 from .view import LayerView
 
@@ -83,7 +83,7 @@ class Policy:
             return None
         valid = view.valid
         if isinstance(self.budget, Threshold):
-            scores = check_scores(self.scorer.score(view), valid)
+            scores = check_scores(self.scorer.score(view), view.positions, valid)
             return valid & (self.protect.mask(view) | (scores >= self.budget.value))
         counts = self._layer_counts(view)
         held = valid.sum(-1)
@@ -91,9 +91,30 @@ class Policy:
             return valid
         protected = self.protect.mask(view)
         counts = self._above_protection(counts, protected, view)
-        scores = check_scores(self.scorer.score(view), valid)
+        scores = check_scores(self.scorer.score(view), view.positions, valid)
         per_head = self.share.per_head(scores, valid, protected, counts)
         return top_mask(scores, view.positions, valid, protected, per_head)
+
+    def one_out(self, view: LayerView) -> tuple[bool, Tensor | None]:
+        """Fast path of `keep` for a decode step: at most one token leaves every head, and nothing is padded.
+
+        Returns:
+            `(handled, victims)`: when handled, `victims` `[B, Hkv]` are the slots that leave, or `None` if none does;
+            when not handled, `keep` has to decide.
+        """
+        guard = self.protect
+        if not (view.plain and self.uniform and self.evicts) or guard.kinds or guard.segments:
+            return False, None
+        if not self.trigger.fires(view):
+            return True, None
+        floor = min(view.seen, guard.smallest) if isinstance(self.budget, Ratio) else 0
+        excess = [view.held - max(count, floor) for count in self._layer_counts(view).tolist()]
+        if max(excess) <= 0:
+            return True, None
+        if min(excess) != 1 or max(excess) != 1:
+            return False, None
+        scores = check_scores(self.scorer.score(view), view.positions)
+        return True, lowest_slot(scores, view.positions, guard.mask(view))
 
     def _layer_counts(self, view: LayerView) -> Tensor:
         """`[B]` tokens per head of this layer, on average over its heads."""

@@ -46,9 +46,10 @@ class Protect:
         positions = view.positions
         mask = positions >= view.seen - self.recent
         if self.sink:
-            mask = mask | (positions < (view.first + self.sink)[:, None, None])
+            ahead = self.sink if view.plain else (view.first + self.sink)[:, None, None]
+            mask = mask | (positions < ahead)
         for column, values in (("kind", self.kinds), ("segment", self.segments)):
             if values and view.has(column):
                 wanted = torch.tensor(values, device=positions.device)
                 mask = mask | torch.isin(view.column(column), wanted)
-        return mask & view.valid
+        return mask if view.plain else mask & view.valid

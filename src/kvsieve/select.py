@@ -10,22 +10,31 @@ from torch import Tensor
 
 from .errors import ScoreError
 
-__all__ = ["check_scores", "top_mask", "top_mask_naive"]
+__all__ = ["check_scores", "lowest_slot", "top_mask", "top_mask_naive"]
 
 
-def check_scores(scores: Tensor, valid: Tensor) -> Tensor:
-    """Return `scores` in float32 (float64 stays), or raise `ScoreError` if a valid token scores NaN."""
-    if scores.shape != valid.shape:
+def check_scores(scores: Tensor, positions: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return `scores` in float32 (float64 stays), or raise `ScoreError` if a token's score is NaN.
+
+    Args:
+        scores: what the scorer returned.
+        positions: `[B, Hkv, N]`, the shape that scores must have.
+        valid: `[B, Hkv, N]` bool, where a token is; everywhere by default.
+    """
+    if scores.shape != positions.shape:
         raise ScoreError(
-            f"a scorer must return one score per stored token, shape {tuple(valid.shape)}; "
+            f"a scorer must return one score per stored token, shape {tuple(positions.shape)}; "
             f"it returned {tuple(scores.shape)}"
         )
     if scores.dtype != torch.float64:
         scores = scores.float()
-    bad = torch.isnan(scores) & valid
+    bad = torch.isnan(scores)
+    if valid is not None:
+        bad = bad & valid
     if bool(bad.any()):
+        total = positions.numel() if valid is None else int(valid.sum())
         raise ScoreError(
-            f"{int(bad.sum())} of {int(valid.sum())} scores are NaN; "
+            f"{int(bad.sum())} of {total} scores are NaN; "
             "the model's keys, values or hidden states are probably not finite"
         )
     return scores
@@ -54,14 +63,16 @@ def top_mask(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor
     return _rank(scores, positions, valid, protected) < counts[..., None]
 
 
+def lowest_slot(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
+    """`[B, Hkv]` slot of the lowest score of every head among slots that are not `closed`; the oldest among equals."""
+    scores = scores.masked_fill(closed, float("inf"))
+    tied = (scores == scores.amin(-1, keepdim=True)) & ~closed
+    return positions.masked_fill(~tied, torch.iinfo(positions.dtype).max).argmin(-1)
+
+
 def _drop_one(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor, drops: Tensor) -> Tensor:
-    """At most one victim per head: the lowest score, the oldest among equals. No sort."""
-    loose = valid & ~protected
-    masked = scores.masked_fill(~loose, float("inf"))
-    lowest = masked.amin(-1, keepdim=True)
-    tied = loose & (masked == lowest)
-    age = torch.where(tied, positions, torch.iinfo(positions.dtype).max)
-    victim = age.argmin(-1, keepdim=True)
+    """At most one victim per head. No sort."""
+    victim = lowest_slot(scores, positions, protected | ~valid)[..., None]
     keep = valid.clone()
     return keep.scatter_(-1, victim, keep.gather(-1, victim) & (drops[..., None] == 0))
 

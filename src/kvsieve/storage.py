@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["load_cache", "save_cache"]
 
 _FORMAT = "kvsieve-cache-1"
-_PLAIN = ("seen", "evictions", "evicted_at", "has_pads")
+_PLAIN = ("seen", "evictions", "evicted_at", "has_pads", "padded")
 
 
 def save_cache(cache: SieveCache, path: str) -> None:

@@ -51,7 +51,7 @@ class Store:
     @property
     def tokens(self) -> int:
         """Tokens held, summed over batch and heads."""
-        return int(self.lengths.sum())
+        raise NotImplementedError
 
     @property
     def live(self) -> Tensor:
@@ -128,6 +128,10 @@ class DenseStore(Store):
         return self.n
 
     @property
+    def tokens(self) -> int:
+        return self.n * self.batch * self.heads
+
+    @property
     def capacity(self) -> int:
         return self.columns[KEY].shape[2] if self.columns else 0
 
@@ -181,7 +185,7 @@ class DenseStore(Store):
         if kept == self.n:
             return self
         if self.n - kept == 1 and kept:
-            self._drop_one(mask)
+            self.drop(mask.to(torch.uint8).argmin(-1))
             return self
         index = mask.nonzero()[:, 2].view(self.batch, self.heads, kept)
         if not self.ordered:
@@ -193,15 +197,14 @@ class DenseStore(Store):
         self.n, self.new = kept, 0
         return self
 
-    def _drop_one(self, mask: Tensor) -> None:
-        """Move the last token of every head into the slot of its victim."""
-        victim = mask.to(torch.uint8).argmin(-1)
+    def drop(self, victims: Tensor) -> None:
+        """Drop one token per head, at slots `victims` `[B, Hkv]`: the last token moves into its slot."""
         last = self.n - 1
-        self.ordered = self.ordered and bool((victim == last).all())
-        b = torch.arange(self.batch, device=mask.device)[:, None]
-        h = torch.arange(self.heads, device=mask.device)[None]
+        self.ordered = self.ordered and bool((victims == last).all())
+        b = torch.arange(self.batch, device=victims.device)[:, None]
+        h = torch.arange(self.heads, device=victims.device)
         for buffer in self.columns.values():
-            buffer[b, h, victim] = buffer[:, :, last].clone()
+            buffer[b, h, victims] = buffer[:, :, last].clone()
         self.n, self.new = last, 0
 
     def map_rows(self, rows: Tensor) -> Store:
@@ -246,6 +249,10 @@ class RaggedStore(Store):
     @property
     def longest(self) -> int:
         return int(self._lengths.max())
+
+    @property
+    def tokens(self) -> int:
+        return int(self._lengths.sum())
 
     def segments(self) -> list[tuple[int, int]]:
         """`(start, end)` of every head's live tokens in the flat buffer, batch-major."""

@@ -92,6 +92,11 @@ class LayerView:
         return self._store.longest
 
     @property
+    def plain(self) -> bool:
+        """Whether every slot of every head holds a real token and no row began with padding."""
+        return self._layer.plain
+
+    @property
     def real_seen(self) -> Tensor:
         """`[B]` int64 on the CPU: real tokens seen by every row, padding not counted."""
         return self._layer.real_seen

@@ -46,9 +46,12 @@ def test_ties_go_to_the_more_recent(n):
 
 
 def test_nan_raises_only_where_a_token_is():
+    positions = torch.zeros(1, 1, 2, dtype=torch.int32)
     valid = torch.tensor([[[True, False]]])
-    assert check_scores(torch.tensor([[[1.0, float("nan")]]]), valid).dtype == torch.float32
+    assert check_scores(torch.tensor([[[1.0, float("nan")]]]), positions, valid).dtype == torch.float32
     with pytest.raises(ScoreError, match="1 of 1 scores are NaN"):
-        check_scores(torch.tensor([[[float("nan"), 1.0]]]), valid)
+        check_scores(torch.tensor([[[float("nan"), 1.0]]]), positions, valid)
+    with pytest.raises(ScoreError, match="1 of 2 scores are NaN"):
+        check_scores(torch.tensor([[[float("nan"), 1.0]]]), positions)
     with pytest.raises(ScoreError, match="one score per stored token"):
-        check_scores(torch.zeros(1, 1, 3), valid)
+        check_scores(torch.zeros(1, 1, 3), positions)
