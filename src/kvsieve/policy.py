@@ -166,7 +166,7 @@ def _find(name: str) -> type[Scorer]:
     known = list_methods()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise PolicyError(f"unknown method {name!r}{hint} Known methods: {', '.join(known)}")
     return SCORERS[name]
 

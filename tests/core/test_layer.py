@@ -302,13 +302,13 @@ def test_held_back_tokens_leave_no_trace(name, rejected):
     assert torch.equal(speculative.held(), plain.held())
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "h2o"])
-def test_a_long_stream_holds_constant_memory(name):
-    """100,000 decoded tokens under a fixed budget."""
+@pytest.mark.parametrize(("name", "steps"), [("streaming_llm", 20_000), ("h2o", 100_000)])
+def test_a_long_stream_holds_constant_memory(name, steps):
+    """Decoded tokens under a fixed budget."""
     layer = KVLayer(kvsieve.get_policy(name, budget=64))
     q, kv = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 1, 16)
     sizes, peak = set(), 0
-    for i in range(100_000):
+    for i in range(steps):
         layer.append(kv, kv)
         visibility = Visibility(i, 1)
         layer.observe(q, visibility)
