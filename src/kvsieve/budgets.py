@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import BudgetError
+from .store import MIN_SPARE, SPARE_SHARE
 
 if TYPE_CHECKING:
     from .view import LayerView
@@ -93,16 +94,24 @@ class Bytes(Budget):
 
     n: int
 
-    def amounts(self, view: LayerView) -> list[float]:
-        rows, heads = view.valid.shape[:2]
-        each = view.n_layers * rows * heads * view.bytes_per_token
-        tokens = self.n // each - 1  # one slot stays free for the token of the next step
-        if tokens < 1:
+    def tokens(self, each: int, exact: bool) -> int:
+        """Tokens per head, if one token in every layer, row and head takes `each` bytes. Room for the next token is
+        set aside, and, where a store cannot be fitted exactly, for its spare slots."""
+        fit = self.n // each - 1
+        if not exact:
+            fit = min(fit - MIN_SPARE, fit * SPARE_SHARE // (SPARE_SHARE + 1))
+        if fit < 1:
+            least = (2 if exact else 2 + MIN_SPARE) * each
             raise BudgetError(
-                f"a budget of {self.n} bytes holds no token: one token takes {each} bytes over {view.n_layers} "
-                f"layers, {rows} rows and {heads} heads; the smallest legal budget is {2 * each} bytes"
+                f"a budget of {self.n} bytes holds no token: one token takes {each} bytes over all layers, rows and "
+                f"heads; the smallest legal budget is {least} bytes"
             )
-        return [float(tokens)] * rows
+        return fit
+
+    def amounts(self, view: LayerView) -> list[float]:
+        rows, heads = view.positions.shape[:2]
+        each = view.n_layers * rows * heads * view.bytes_per_token
+        return [float(self.tokens(each, view.exact_fit))] * rows
 
 
 @dataclass(frozen=True)

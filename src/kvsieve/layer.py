@@ -126,7 +126,8 @@ class KVLayer:
         if segment is not None:
             value = torch.as_tensor(segment, dtype=torch.int32, device=keys.device)
             new[SEGMENT] = _per_head(value.expand(t) if value.dim() == 0 else value, b, h, t)
-        limit = self.policy.limit
+        token = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+        limit = self.policy.limit(self.n_layers * b * h * token)
         self.store.append(new, None if limit is None else limit + 1)
         self.seen += t
         self.real_seen = self.real_seen + t

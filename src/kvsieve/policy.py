@@ -16,7 +16,19 @@ from torch import Tensor
 from . import budgets as _budgets
 from . import protect as _protect
 from . import triggers as _triggers
-from .budgets import AcrossHeads, Budget, Pyramid, Ratio, Share, Threshold, Tokens, Uniform, Unlimited, parse_budget
+from .budgets import (
+    AcrossHeads,
+    Budget,
+    Bytes,
+    Pyramid,
+    Ratio,
+    Share,
+    Threshold,
+    Tokens,
+    Uniform,
+    Unlimited,
+    parse_budget,
+)
 from .errors import BudgetError, PolicyError
 from .protect import Protect
 from .scorer import SCORERS, Scorer
@@ -71,10 +83,17 @@ class Policy:
         return self.share.uniform and not isinstance(self.budget, Threshold)
 
     @property
-    def limit(self) -> int | None:
-        """Tokens per head that are never exceeded between forward passes, where that is known beforehand."""
-        if isinstance(self.budget, Tokens) and isinstance(self.trigger, EveryForward) and type(self.share) is Uniform:
+    def exact_fit(self) -> bool:
+        """Whether every head of every layer holds at most one and the same number of tokens between forward passes,
+        so that storage need not have spare room."""
+        return type(self.share) is Uniform and isinstance(self.trigger, EveryForward)
+
+    def limit(self, each: int) -> int | None:
+        """That number, where it is known beforehand. `each`: bytes of one token in every layer, row and head."""
+        if self.exact_fit and isinstance(self.budget, Tokens):
             return self.budget.n
+        if self.exact_fit and isinstance(self.budget, Bytes):
+            return self.budget.tokens(each, exact=True)
         return None
 
     def keep(self, view: LayerView) -> Tensor | None:

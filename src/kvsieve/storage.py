@@ -28,12 +28,13 @@ _PLAIN = ("seen", "evictions", "evicted_at", "has_pads", "padded")
 
 
 def save_cache(cache: SieveCache, path: str) -> None:
-    """Write `cache` to `path`. Spare capacity is not stored.
+    """Write `cache` to `path`. Spare room is given up, not stored.
 
     Raises:
         UnsupportedOperationError: the model has layers that kvsieve does not manage and that hold tokens.
     """
-    foreign = [i for i, layer in enumerate(cache.layers) if layer not in cache.managed and layer.is_initialized]
+    managed = {layer.core.layer_idx for layer in cache.managed}
+    foreign = [i for i, layer in enumerate(cache.layers) if i not in managed and getattr(layer, "is_initialized", True)]
     if foreign:
         raise UnsupportedOperationError(
             f"layers {foreign} are not managed by kvsieve, and their state cannot be stored with the cache"
@@ -94,12 +95,10 @@ def _pack(core: KVLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     prefix = f"{core.layer_idx}."
     if not core.seen:
         return entry
-    if not isinstance(core.store, DenseStore):
-        core.store.pack()
-        tensors[prefix + "lengths"] = core.store.lengths.contiguous()
+    core.store.pack()
+    tensors[prefix + "lengths"] = core.store.lengths.contiguous()
     for name, buffer in core.store.columns.items():
-        live = core.store.read(name) if entry["dense"] else buffer
-        tensors[f"{prefix}column.{name}"] = live.contiguous().cpu()
+        tensors[f"{prefix}column.{name}"] = buffer.contiguous().cpu()
     for name, value in core.state.items():
         tensors[f"{prefix}state.{name}"] = value.contiguous().cpu()
     tensors[prefix + "real_seen"], tensors[prefix + "first"] = core.real_seen.clone(), core.first.cpu().clone()

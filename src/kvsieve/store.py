@@ -23,9 +23,12 @@ __all__ = ["DenseStore", "RaggedStore", "Store"]
 Columns = dict[str, Tensor]
 
 
+SPARE_SHARE, MIN_SPARE = 32, 8
+
+
 def _spare(need: int) -> int:
     """Capacity beyond `need`: about three per cent, so that copies on growth are rare and bytes stay honest."""
-    return max(need // 32, 8)
+    return max(need // SPARE_SHARE, MIN_SPARE)
 
 
 class Store:
@@ -78,6 +81,10 @@ class Store:
     def keep(self, mask: Tensor, uniform: bool = False) -> Store:
         """Keep the tokens where `mask` `[B, Hkv, N]` is true and free the others. Returns the store to use on.
         `uniform`: heads are meant to end up equally long, so a ragged store turns dense as soon as they are."""
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Give up all spare room."""
         raise NotImplementedError
 
     def map_rows(self, rows: Tensor) -> Store:
@@ -197,6 +204,10 @@ class DenseStore(Store):
         self.n, self.new = kept, 0
         return self
 
+    def pack(self) -> None:
+        if self.capacity > self.n:
+            self.columns = {name: buffer[:, :, : self.n].clone() for name, buffer in self.columns.items()}
+
     def drop(self, victims: Tensor) -> None:
         """Drop one token per head, at slots `victims` `[B, Hkv]`: the last token moves into its slot."""
         last = self.n - 1
@@ -294,7 +305,9 @@ class RaggedStore(Store):
             self.ensure(name)
         if bool((self._lengths + t > self._capacities).any()):
             total = int(self._lengths.sum()) + t * self._lengths.numel()
-            self._relayout(self._lengths + t + max(_spare(total) // self._lengths.numel(), 4))
+            need = self._lengths + t
+            roomy = need + max(_spare(total) // need.numel(), MIN_SPARE // 2)
+            self._relayout(roomy if limit is None else torch.maximum(need, roomy.clamp_max(limit)))
         self._lengths = self._lengths + t
         self.new, self._table = t, None
         where = self._new_index()
@@ -355,7 +368,6 @@ class RaggedStore(Store):
         self.new, self._table = 0, None
 
     def pack(self) -> None:
-        """Give up all spare room."""
         self._relayout(self._lengths.clone())
 
     def _gather(self, mask: Tensor, counts: Tensor) -> Store:

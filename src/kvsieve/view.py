@@ -123,6 +123,11 @@ class LayerView:
         return self._store.read(VALUE)
 
     @property
+    def exact_fit(self) -> bool:
+        """Whether storage needs no spare room under this policy."""
+        return self._layer.policy.exact_fit
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value in one head."""
         return self._store.bytes_per_token

@@ -143,6 +143,28 @@ def test_token_budget_holds_after_every_forward(name):
 
 
 @pytest.mark.parametrize("name", RANKED)
+@pytest.mark.parametrize("pads", [0, 9])
+def test_byte_budget_holds_after_every_forward(name, pads):
+    each = 3 * B * HKV * 2 * D * 8  # three layers, float64
+    padding = torch.ones(B, 64, dtype=torch.bool)
+    padding[1, :pads] = False
+    driver = Driver(kvsieve.get_policy(name, budget=f"{25 * each}B", **SMALL.get(name, {})), padding)
+    for t in (30, 1, 1, 9, *[1] * 20):
+        driver.feed(t)
+        held = driver.layer.store.bytes_of((KEY, VALUE))
+        assert held <= 25 * each // 3
+        if t == 1:
+            assert held > 14 * each // 3, "and the budget is used"
+
+
+@pytest.mark.parametrize("name", ["knorm", "adakv_snapkv"])
+def test_a_byte_budget_too_small_for_a_token(name):
+    driver = Driver(kvsieve.get_policy(name, budget="100B", protect=Protect(), **SMALL.get(name, {})))
+    with pytest.raises(BudgetError, match="smallest legal budget is"):
+        driver.feed(30)
+
+
+@pytest.mark.parametrize("name", RANKED)
 def test_protection_holds(name):
     protect = Protect(sink=3, recent=4)
     policy = kvsieve.get_policy(name, budget=12, protect=protect, **SMALL.get(name, {}))
