@@ -2,14 +2,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := 5.14.1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(STAMP)
 	$(BIN)/kvsieve compare --demo --output-dir ./comparison_results
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# The oldest transformers that kvsieve supports, in an environment of its own.
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest -n 2 tests/core tests/hf tests/text
+
+$(VENV)-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -v '^transformers' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --progress-bar on -c $(VENV)-oldest/constraints.txt -e ".[dev,plot]" "transformers==$(OLDEST)"
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests training benchmarks
@@ -24,4 +35,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) comparison_results
+	rm -rf $(VENV) $(VENV)-oldest comparison_results
