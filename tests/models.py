@@ -7,7 +7,7 @@ Nothing is downloaded. `build` makes a new model each time; `stock` caches one t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -129,7 +129,7 @@ VISION: dict[str, Callable[..., PreTrainedModel]] = {
 }
 FAMILIES = {**TEXT, **VISION}
 EAGER = {"gemma2", "gpt_oss"}
-"""Families whose managed layers need kvsieve's own attention (softcap, sinks): equal within 1e-5, not to the bit."""
+"""Families with softcap or sinks, which only eager attention computes: equal within 1e-5, not to the bit."""
 
 
 def build(
@@ -138,9 +138,12 @@ def build(
     """A new model of the family, in evaluation mode. In float64 its norms really compute in float64."""
     torch.manual_seed(seed)
     model = FAMILIES[name](**changes).eval().to(dtype)
+    attention = attention or ("eager" if name in EAGER else None)
     if attention is not None:
         model.set_attn_implementation(attention)
     if dtype == torch.float64:
+        if name == "gpt_oss":
+            model.set_experts_implementation("eager")  # the default has no float64
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = MethodType(_wide_norm, module)  # type: ignore[method-assign]
@@ -154,13 +157,13 @@ def _wide_norm(module: Any, x: Tensor) -> Tensor:
     return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
 
-@lru_cache(maxsize=None)
+@cache
 def stock(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The family's model, untouched by kvsieve; shared between tests."""
     return build(name, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def managed(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The same weights as `stock`, for tests that put a `SieveCache` on it; shared between tests."""
     return build(name, dtype)

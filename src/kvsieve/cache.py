@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from . import hf
 from .errors import PolicyError, UnsupportedModelError, UnsupportedOperationError
 from .layer import KVLayer
-from .ledger import KEY, POSITION, VALUE
+from .ledger import KEY, KIND, POSITION, VALUE, Kind
 from .policy import Policy
 from .rope import Rotary
 from .store import DenseStore
@@ -50,8 +51,10 @@ class SieveLayer(CacheLayerMixin):
         """Store new keys and values `[B, Hkv, T, D]`; returns tensors that lead the attention back to this layer."""
         if self._awaiting:
             raise UnsupportedModelError(
-                f"layer {self.core.layer_idx} received new tokens, but the attention over the last ones never came by: "
-                "this model does not hand its cached keys straight to the attention function, so nothing can be evicted"
+                f"layer {self.core.layer_idx} received new tokens, but the attention over the last ones never came by. "
+                "Either that forward pass was interrupted (then reset() the cache), or the cache was made for another "
+                "model, or this model does not hand its cached keys to the attention function, so that nothing can be "
+                "evicted"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -60,8 +63,8 @@ class SieveLayer(CacheLayerMixin):
         store = self.core.store
         dense = isinstance(store, DenseStore)
         keys = store.read(KEY) if dense else key_states[:]
-        values = store.read(VALUE) if dense else value_states
-        setattr(keys, hf.TAG, self)
+        values = store.read(VALUE) if dense else value_states[:]
+        hf.tag(keys, values, self)
         return keys, values
 
     def attention(
@@ -78,24 +81,41 @@ class SieveLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> Tensor:
         """Exact attention over what is held, `[B, T, H, Dv]`; then statistics and eviction."""
-        if dropout:
-            raise UnsupportedOperationError("a cache is for inference: call model.eval() first")
         core = self.core
+        self._check_call(module, value, dropout, kwargs)
+        stock = hf.implementation_before(module) == "sdpa"
+        if stock:  # what the stock kernel leaves out or refuses, so do statistics
+            kwargs |= {"softcap": softcap, "s_aux": s_aux}
+            softcap = s_aux = None
         core.scale, core.softcap, core.sinks = scaling, softcap, s_aux
         visibility = self._visibility(mask, query.shape[2])
+        if visibility.start + visibility.count != core.seen:
+            raise UnsupportedOperationError(
+                f"layer {core.layer_idx} has seen {core.seen} tokens, but the model is at "
+                f"{visibility.start + visibility.count}: an earlier forward pass was interrupted; reset() the cache"
+            )
         core.mark_padding(visibility)
-        stock = isinstance(core.store, DenseStore) and softcap is None and s_aux is None
-        if stock:
-            out = hf.stock_sdpa(
-                module, query, core.attended_keys(), core.store.read(VALUE), self._stock_mask(visibility, query.shape[1]),
-                scaling=scaling, **kwargs,
-            )  # fmt: skip
+        if isinstance(core.store, DenseStore) and softcap is None and s_aux is None:
+            keys, values, seen = core.attended_keys(), core.store.read(VALUE), self._stock_mask(visibility, query)
+            out = hf.stock_sdpa(module, query, keys, values, seen, scaling=scaling, **kwargs)
         else:
             out = core.attend(query, visibility).transpose(1, 2).contiguous()
         self._awaiting = False
         core.observe(query, visibility, self.hidden, hold=self.record_past)
         self.hidden = None
         return out
+
+    def _check_call(self, module: nn.Module, value: Tensor, dropout: float, extra: dict[str, Any]) -> None:
+        """Raise where the answer would not be what the caller expects."""
+        if dropout or module.training:
+            raise UnsupportedOperationError("a cache is for inference: call model.eval() first")
+        if extra.get("output_attentions"):
+            raise UnsupportedOperationError("attention weights are never formed here: leave out output_attentions=True")
+        if extra.get("position_bias") is not None or getattr(value, hf.TAG, None) is not self:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} changes its values after the cache, or adds a bias per position; neither can "
+                "be carried through evictions"
+            )
 
     def _visibility(self, mask: Any, count: int) -> Visibility:
         start = self.core.seen - count
@@ -107,7 +127,7 @@ class SieveLayer(CacheLayerMixin):
             "a ready-made 4-D attention mask cannot follow tokens that move; pass the 2-D mask of real tokens"
         )
 
-    def _stock_mask(self, visibility: Visibility, query_heads: int) -> Tensor | None:
+    def _stock_mask(self, visibility: Visibility, query: Tensor) -> Tensor | None:
         """The mask as the stock attention takes it: nothing where it can do without, else `[B, 1|H, T, N]` bool."""
         offset, visible = self.core.visible(visibility)
         count, held = visibility.count, self.core.store.longest
@@ -120,7 +140,7 @@ class SieveLayer(CacheLayerMixin):
         heads = self.core.store.heads
         if heads == 1 or bool((mask[:, :1] == mask).all()):
             return mask[:, :1]
-        return mask.repeat_interleave(query_heads // heads, dim=1)
+        return mask.repeat_interleave(query.shape[1] // heads, dim=1)
 
     # ---- what generation calls
 
@@ -142,16 +162,14 @@ class SieveLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens. `tokens_to_remove` is negative (or, before transformers 5.16, the positive
-        length to keep)."""
-        if tokens_to_remove > 0:
-            tokens_to_remove = tokens_to_remove - self.core.seen
+        """Take back the last `-tokens_to_remove` tokens."""
         self.core.crop(-tokens_to_remove)
 
     def reset(self) -> None:
         """Forget the sequence."""
         self.core.reset()
-        self.is_initialized, self._awaiting, self.hidden = False, False, None
+        self.is_initialized = self._awaiting = self.record_past = False
+        self.hidden = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -164,6 +182,12 @@ class SieveLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         self.core.map_rows(torch.arange(self.core.store.batch)[indices.cpu()])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SieveLayer:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.core, twin.hidden = copy.deepcopy(self.core, memo), None
+        return twin
 
     def offload(self) -> None:
         raise UnsupportedOperationError("a managed layer stays on its device; lower the budget instead")
@@ -190,61 +214,112 @@ class SieveCache(Cache):
     def __init__(self, model: PreTrainedModel, policy: Policy, positions: str = "original") -> None:
         if positions not in ("original", "slot"):
             raise PolicyError(f'positions={positions!r} is not "original" or "slot"')
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"policy must be a Policy, such as get_policy('snapkv', budget=0.5), not {policy!r}")
+        hf.check_model(model)
         config = hf.text_config(model)
-        if getattr(config, "num_kv_shared_layers", 0):
-            raise UnsupportedModelError(f"{type(model).__name__} shares keys between layers, which is not supported")
         stock = DynamicCache(config=config).layers
         managed = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
         if not managed:
-            kinds = sorted({type(layer).__name__ for layer in stock})
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in stock})) or "none that are known"
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no full-attention layer to manage (its layers are {', '.join(kinds)})"
+                f"{type(model).__name__} has no full-attention layer to manage (its layers are: {kinds})"
             )
+        scorer, slot = policy.scorer, positions == "slot"
+        rope: Rotary | None = hf.rotary_of(model, any_length=slot) if slot or scorer.wants_rope else None
+        if rope is not None and not rope.text_only:
+            asking = 'positions="slot"' if slot else policy.name
+            raise UnsupportedModelError(f"{type(model).__name__} rotates by several axes; {asking} needs a single one")
+        scorer.check_model(config)
         hf.enable(model)
-        scorer = policy.scorer
-        rope: Rotary | None = hf.rotary_of(model) if positions == "slot" or scorer.wants_rope else None
         if scorer.wants_hidden:
             hf.hook_hidden_states(hf.attention_modules(model))
-        scorer.check_model(config)
         for rank, index in enumerate(managed):
             stock[index] = SieveLayer(KVLayer(policy, index, rank, len(managed), positions, rope))
         super().__init__(layers=stock)
         self.policy, self.positions = policy, positions
+        self._config = config
 
     @property
     def managed(self) -> list[SieveLayer]:
         """The layers under the policy."""
         return [layer for layer in self.layers if isinstance(layer, SieveLayer)]
 
+    # ---- what the model and generation call
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values of one layer; see `SieveLayer.update`."""
+        if not hf.enabled(self._config):
+            raise UnsupportedOperationError(
+                f"the model's attention was set to {self._config._attn_implementation!r} after this cache was made; "
+                "make a new cache"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, as if they had never been fed.
+
+        Args:
+            tokens_to_remove: zero or negative; or, as before transformers 5.16, the positive length to keep.
+
+        Raises:
+            UnsupportedOperationError: an eviction came after them, or the scorer has counted their attention.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding hands over a tensor in some versions
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(tokens_to_remove - self.managed[0].core.seen, 0)
+        # a layer that has evicted lately cannot go back: it has to say so before another one is changed
+        for layer in sorted(self.managed, key=lambda layer: -layer.core.evicted_at):
+            layer.crop(tokens_to_remove)
+        others: list[Any] = [layer for layer in self.layers if not isinstance(layer, SieveLayer)]
+        for other in others:
+            other.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget the sequence; model and policy stay."""
+        for layer in self.layers:
+            if isinstance(layer, SieveLayer):
+                layer.reset()
+            else:
+                hf.reset_stock_layer(layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SieveCache:
+        """A copy that goes on independently; policy and model are shared."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.layers = copy.deepcopy(self.layers, memo)
+        return twin
+
     # ---- what it costs
 
     def report(self) -> dict[str, Any]:
-        """Measured state of the cache.
+        """Measured state of the cache. Padding counts as neither seen nor held.
 
         Returns:
             `tokens_seen`: real tokens fed, per batch row. `tokens_held`: per managed layer, `[B][Hkv]` counts.
             `bytes_held`: bytes of the storages behind keys and values of managed layers, measured.
-            `bytes_spare`: the part of them that is free room for the next tokens. `bytes_ledger`: records beside them.
-            `bytes_full`: keys and values if nothing had been evicted. `compression_ratio`: share of keys and values
-            removed, measured in tokens. `evictions`: how often a layer has let tokens go. `managed_layers`,
-            `unmanaged_layers` (index and kind).
+            `bytes_spare`: the part of them that holds no real token: free room for the next ones, and padding where
+            the policy has not looked yet. `bytes_ledger`: records beside them. `bytes_full`: keys and values if
+            nothing had been evicted. `compression_ratio`: share of keys and values removed, measured in tokens.
+            `evictions`: how often a layer has let tokens go. `managed_layers`, `unmanaged_layers` (index and kind).
         """
         layers = self.managed
         used = [layer.core for layer in layers if layer.core.seen]
-        held = sum(core.store.tokens for core in used)
-        full = sum(int(core.real_seen.sum()) * core.store.heads for core in used)
+        held = {core.layer_idx: _real(core).sum(-1) for core in used}
+        tokens = {core.layer_idx: int(held[core.layer_idx].sum()) for core in used}
+        full = {core.layer_idx: int(core.real_seen.sum()) * core.store.heads for core in used}
         bytes_held = sum(core.store.bytes_of((KEY, VALUE)) for core in used)
-        live = sum(core.store.tokens * core.store.bytes_per_token for core in used)
-        bytes_full = sum(int(c.real_seen.sum()) * c.store.heads * c.store.bytes_per_token for c in used)
         return {
             "method": self.policy.name,
             "tokens_seen": used[0].real_seen.tolist() if used else [],
-            "tokens_held": {core.layer_idx: core.store.lengths.tolist() for core in used},
+            "tokens_held": {index: counts.tolist() for index, counts in held.items()},
             "bytes_held": bytes_held,
-            "bytes_spare": bytes_held - live,
+            "bytes_spare": bytes_held - sum(tokens[c.layer_idx] * c.store.bytes_per_token for c in used),
             "bytes_ledger": sum(core.store.bytes_of(set(core.store.columns) - {KEY, VALUE}) for core in used),
-            "bytes_full": bytes_full,
-            "compression_ratio": 1 - held / full if full else 0.0,
+            "bytes_full": sum(full[c.layer_idx] * c.store.bytes_per_token for c in used),
+            "compression_ratio": 1 - sum(tokens.values()) / sum(full.values()) if sum(full.values()) else 0.0,
             "evictions": sum(core.evictions for core in used),
             "managed_layers": [layer.core.layer_idx for layer in layers],
             "unmanaged_layers": {
@@ -258,11 +333,12 @@ class SieveCache(Cache):
         found = self.layers[layer]
         if not isinstance(found, SieveLayer):
             raise UnsupportedOperationError(f"layer {layer} is not managed ({type(found).__name__})")
-        store = found.core.store
         if not found.core.seen:
             return torch.empty(0, 0, 0, dtype=torch.long)
-        table = torch.where(store.live, store.read(POSITION).long(), torch.iinfo(torch.long).max).sort(-1).values
-        return torch.where(table == torch.iinfo(torch.long).max, -1, table)
+        real = _real(found.core)
+        behind = torch.iinfo(torch.long).max
+        table = torch.where(real, found.core.store.read(POSITION).long(), behind).sort(-1).values
+        return table.masked_fill(table == behind, -1)[..., : int(real.sum(-1).max())]
 
     # ---- storage
 
@@ -279,3 +355,9 @@ class SieveCache(Cache):
         from .storage import load_cache
 
         return load_cache(cls, path, model, policy)
+
+
+def _real(core: KVLayer) -> Tensor:
+    """`[B, Hkv, N]` bool: slots that hold a real token."""
+    live = core.store.live
+    return live & (core.store.read(KIND) != Kind.PAD) if core.has_pads else live

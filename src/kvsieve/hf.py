@@ -7,8 +7,10 @@ own table of original positions; the attention function finds the layer through 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,6 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .attention import attend
 from .errors import UnsupportedModelError
 from .rope import Rotary
 from .view import Visibility
@@ -32,15 +33,32 @@ from .view import Visibility
 if TYPE_CHECKING:
     from .cache import SieveLayer
 
-__all__ = ["MaskSpec", "attention_modules", "enable", "hook_hidden_states", "rotary_of", "text_config"]
+__all__ = [
+    "MaskSpec",
+    "attention_modules",
+    "check_model",
+    "enable",
+    "enabled",
+    "hook_hidden_states",
+    "reset_stock_layer",
+    "rotary_of",
+    "text_config",
+]
 
 NAME = "kvsieve"
 TAG = "_kvsieve_layer"
-"""Attribute of a key tensor that names the cache layer it came from."""
+"""Attribute of a key tensor, and of its value tensor, that names the cache layer they came from."""
+BEFORE = "_kvsieve_before"
+"""Attribute of an attention module: what it used before kvsieve, for calls that do not come from one of its caches."""
 
-_fallback: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""What each attention module used before kvsieve, for calls that do not come from one of its caches."""
-_hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+class _Expected(threading.local):
+    """The layer that has handed out keys and waits for their attention."""
+
+    layer: weakref.ref[SieveLayer] | None = None
+
+
+_expected = _Expected()
 
 
 class MaskSpec:
@@ -86,22 +104,53 @@ class MaskSpec:
 def _mask_function(*args: Any, **kwargs: Any) -> MaskSpec:
     if args:
         raise UnsupportedModelError("this version of transformers passes masks in a way kvsieve does not know")
+    _expected.layer = None  # a new forward pass: an older one that was interrupted expects nothing any more
     return MaskSpec(**kwargs)
+
+
+def tag(keys: Tensor, values: Tensor, layer: SieveLayer) -> None:
+    """Mark what `layer` hands to the model, and expect its attention next."""
+    setattr(keys, TAG, layer)
+    setattr(values, TAG, layer)
+    _expected.layer = weakref.ref(layer)
 
 
 def _attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     layer: SieveLayer | None = getattr(key, TAG, None)
+    expected = None if _expected.layer is None else _expected.layer()
+    _expected.layer = None
+    index = getattr(module, "layer_idx", None)
     if layer is not None:
+        if index is not None and index != layer.core.layer_idx:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends to the keys of another layer of the cache, which is not supported"
+            )
         return layer.attention(module, query, key, value, attention_mask, **kwargs), None
-    implementation = _fallback.get(module, "sdpa")
+    if expected is not None and expected.core.layer_idx == index and isinstance(attention_mask, MaskSpec | None):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes its keys after the cache has stored them, so what attention sees cannot "
+            "be evicted"
+        )
+    implementation = implementation_before(module)
     mask = attention_mask.tensor(implementation) if isinstance(attention_mask, MaskSpec) else attention_mask
-    if implementation == "eager":
-        function = getattr(sys.modules[type(module).__module__], "eager_attention_forward")
-    else:
-        function = ALL_ATTENTION_FUNCTIONS[implementation]
-    return function(module, query, key, value, mask, **kwargs)
+    return _function(implementation, module)(module, query, key, value, mask, **kwargs)
+
+
+def implementation_before(module: nn.Module) -> str:
+    """The attention implementation that this module used before kvsieve."""
+    return getattr(module, BEFORE, "sdpa")
+
+
+def _function(implementation: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    for owner in type(module).__mro__:
+        function = getattr(sys.modules[owner.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise UnsupportedModelError(f"{type(module).__name__} has no eager attention that kvsieve can find")
 
 
 def stock_sdpa(
@@ -132,67 +181,108 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     return found
 
 
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse models whose cache is not one list of keys and values per decoder layer.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder models, cross-attention, keys shared between layers, latent attention.
+    """
+    name, config = type(model).__name__, text_config(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; kvsieve manages decoder-only caches")
+    if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(f"{name} has cross-attention layers, which are not supported")
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+        raise UnsupportedModelError(f"{name} shares keys between layers, which is not supported")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} caches one compressed latent for all heads (multi-head latent attention), which is not supported"
+        )
+
+
+def enabled(config: PretrainedConfig) -> bool:
+    """Whether the decoder with this configuration attends through kvsieve."""
+    return config._attn_implementation == NAME
+
+
 def enable(model: PreTrainedModel) -> None:
-    """Route this model's decoder attention through kvsieve. Other caches of the model go on as before."""
+    """Route this model's decoder attention through kvsieve. Other caches of the model go on as before.
+
+    Raises:
+        UnsupportedModelError: the model does not take its attention function from the registry.
+    """
     AttentionInterface.register(NAME, _attention_function)
     AttentionMaskInterface.register(NAME, _mask_function)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError("encoder-decoder models are not supported; kvsieve manages decoder-only caches")
+    _remember(model)
     config = text_config(model)
-    previous = config._attn_implementation
-    if previous == NAME:
+    if enabled(config):
         return
-    modules = attention_modules(model)
-    if config is model.config:
-        model.set_attn_implementation(NAME)
-    else:
+    if _takes_attention_from_registry(model, config):
         key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is config), None)
-        model.set_attn_implementation({key: NAME} if key else NAME)
-    if text_config(model)._attn_implementation != NAME:
+        model.set_attn_implementation({key: NAME} if key and config is not model.config else NAME)
+    if not enabled(config):
         raise UnsupportedModelError(
             f"{type(model).__name__} does not take its attention from the registry of transformers, so its cache "
             "cannot be managed"
         )
-    for module in modules.values():
-        _fallback[module] = previous or "sdpa"
+
+
+def _remember(model: PreTrainedModel) -> None:
+    """Note in every attention module what it uses now, unless that is kvsieve already."""
+    default = "sdpa" if model._supports_sdpa else "eager"
+    for module in model.modules():
+        used = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if used is None or isinstance(module, PreTrainedModel):
+            continue
+        if used != NAME:
+            setattr(module, BEFORE, used)
+        elif not hasattr(module, BEFORE):
+            setattr(module, BEFORE, default)
+
+
+def _takes_attention_from_registry(model: PreTrainedModel, config: PretrainedConfig) -> bool:
+    """Asked beforehand, because setting the implementation of such a model does nothing but log a warning."""
+    decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config]
+    return all(getattr(decoder, "_can_set_attn_implementation", lambda: True)() for decoder in decoders)
 
 
 def hook_hidden_states(modules: dict[int, nn.Module]) -> None:
     """Let the cache layers of kvsieve see the input of these attention modules. Changes nothing in the model's
     computation; layers that do not ask, and other caches, are left alone."""
     for module in modules.values():
-        if module not in _hooked:
+        if _take_hidden_states not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_take_hidden_states, with_kwargs=True)
-            _hooked.add(module)
 
 
 def _take_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        return
-    layer = layers[module.layer_idx]
+    layers: Any = getattr(cache, "layers", ())
+    index: Any = module.layer_idx
+    layer = layers[index] if index < len(layers) else None
     if getattr(layer, "wants_hidden", False):
-        layer.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        setattr(layer, "hidden", kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
 
-def rotary_of(model: PreTrainedModel) -> Rotary:
+def reset_stock_layer(layer: Any) -> None:
+    """Empty a layer that kvsieve does not manage. Before transformers 5.16 the dynamic ones kept their (zeroed)
+    tokens and went on behind them."""
+    layer.reset()
+    if getattr(layer, "keys", None) is not None and not hasattr(layer, "max_cache_len"):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+
+
+def rotary_of(model: PreTrainedModel, any_length: bool = False) -> Rotary:
     """The decoder's rotary embedding, checked by its self-test.
+
+    Args:
+        any_length: refuse frequencies that change with the length of the sequence.
 
     Raises:
         UnsupportedModelError: there is none, or its rotations cannot be shifted exactly.
     """
-    modules = attention_modules(model)
-    rotary = next(
-        (
-            m
-            for name, m in model.named_modules()
-            if "vision" not in name
-            and "visual" not in name
-            and any(b.endswith("inv_freq") for b, _ in m.named_buffers(recurse=False))
-        ),
-        None,
-    )
+    modules, config = attention_modules(model), text_config(model)
+    rotary = _rotary_module(model, config)
     if rotary is None or not modules:
         raise UnsupportedModelError(f"{type(model).__name__} has no rotary embedding that kvsieve can find")
     source = sys.modules[type(next(iter(modules.values()))).__module__]
@@ -202,9 +292,16 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     forward = inspect.unwrap(type(rotary).forward)
     per_type = "layer_type" in inspect.signature(forward).parameters
     layer_type = ("full_attention",) if per_type else ()
+    kind = getattr(rotary, "rope_type", "default")
+    kind = str(kind["full_attention"] if isinstance(kind, dict) else kind)
+    if any_length and ("dynamic" in kind or kind == "longrope"):
+        raise UnsupportedModelError(
+            f"this model's rotary embedding ({kind}) changes its frequencies with the length of the sequence, so its "
+            'keys cannot be shifted past that; use positions="original"'
+        )
     scaling = getattr(rotary, "full_attention_attention_scaling", None) if per_type else None
     scaling = float(getattr(rotary, "attention_scaling", 1.0) if scaling is None else scaling)
-    axes = 3 if "mrope" in str(getattr(text_config(model), "rope_parameters", "")) else 0
+    axes = 3 if "mrope" in str(getattr(config, "rope_parameters", "")) else 0
 
     def raw(run: Callable[..., Any], positions: Tensor) -> tuple[Tensor, Tensor]:
         shaped = positions[None].expand(axes, -1, -1) if axes else positions
@@ -220,13 +317,22 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
 
     made = Rotary(cos_sin, apply, text_only=not axes)
     device = next(rotary.buffers()).device
-    config = text_config(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if device.type != "meta":
-        made.self_test(head_dim, lambda x, p: apply(x.to(device), *raw(rotary, p.to(device))).cpu())
+        # on a copy, because dynamic embeddings remember the longest sequence they have seen
+        twin = copy.deepcopy(rotary)
+        made.self_test(head_dim, lambda x, p: apply(x.to(device), *raw(twin, p.to(device))).cpu())
     return made
 
 
-def core_attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-    """kvsieve's own attention in the layout of transformers, `[B, T, H, Dv]`."""
-    return attend(query, key, value, **kwargs).transpose(1, 2).contiguous()
+def _rotary_module(model: PreTrainedModel, config: PretrainedConfig) -> nn.Module | None:
+    """The module that holds the decoder's inverse frequencies."""
+    found = [
+        module
+        for name, module in model.named_modules()
+        if "vision" not in name
+        and "visual" not in name
+        and any(b.endswith("inv_freq") for b, _ in module.named_buffers(recurse=False))
+    ]
+    own = [module for module in found if getattr(module, "config", None) is config]
+    return next(iter(own or found), None)

@@ -181,7 +181,7 @@ class KVLayer:
         keep = None if handled else self.policy.keep(view)
         if keep is not None:
             self.store = self.store.keep(keep, uniform=self.policy.uniform)
-            self.has_pads = self.padded = False
+            self.has_pads = False
         self.new_keys = torch.empty(0)
         if self.store.tokens < before:
             self.evictions += 1

@@ -126,8 +126,10 @@ class Policy:
             return False, None
         if not self.trigger.fires(view):
             return True, None
-        floor = min(view.seen, guard.smallest) if isinstance(self.budget, Ratio) else 0
-        excess = [view.held - max(count, floor) for count in self._layer_counts(view).tolist()]
+        floor, counts = min(view.seen, guard.smallest), self._layer_counts(view).tolist()
+        if min(counts) < floor and not isinstance(self.budget, Ratio):
+            return False, None  # `keep` refuses where it has to
+        excess = [view.held - max(count, floor) for count in counts]
         if max(excess) <= 0:
             return True, None
         if min(excess) != 1 or max(excess) != 1:

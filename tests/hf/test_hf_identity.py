@@ -1,0 +1,46 @@
+"""With a budget that is never reached, a `SieveCache` changes nothing, whatever the method and the way of calling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scenarios import HOW, METHODS, REPRESENTATIVE, generate, policy, same, sieve, stock_output
+
+import models
+from kvsieve import get_policy
+
+
+def check(family: str, how: str, chosen, exact: bool) -> None:
+    want = stock_output(family, how)
+    if isinstance(want, Exception):
+        pytest.skip(f"the stock model cannot do this: {want}")
+    cache = sieve(family, chosen)
+    got = generate(models.managed(family), family, how, cache)
+    assert torch.equal(got.sequences, want.sequences)
+    assert len(got.logits) == len(want.logits)
+    for step, (a, b) in enumerate(zip(got.logits, want.logits, strict=True)):
+        assert same(a, b, exact), (step, float((a - b).abs().max()))
+    assert cache.report()["evictions"] == 0 or "padded" in how
+    assert cache.report()["compression_ratio"] == 0.0
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_on_llama(name, how):
+    check("llama", how, policy(name), exact="padded" not in how or name == "full")
+
+
+@pytest.mark.parametrize("how", ["greedy", "chunked", "padded", "beam", "lookup"])
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize("family", [f for f in models.FAMILIES if f != "llama"])
+def test_every_family(family, name, how):
+    check(family, how, policy(name), exact="padded" not in how and family not in models.EAGER)
+
+
+BUDGETS = {"threshold": {"threshold": float("-inf")}, "ratio": {"budget": 1.0}, "bytes": {"budget": "1GB"}}
+
+
+@pytest.mark.parametrize("how", ["greedy", "chunked", "padded", "beam"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_kind_of_budget(budget, how):
+    check("llama", how, get_policy("knorm", **BUDGETS[budget]), exact="padded" not in how)
