@@ -1,0 +1,1 @@
+"""The parts of `kvsieve compare`: settings -> plan -> cells -> summary. `kvsieve.compare` puts them together."""
