@@ -27,9 +27,7 @@ OBJECTS = ("the garden behind the house", "his first voyage", "a letter from Lon
 def _story(seed: int, sentences: int) -> str:
     """Simple sentences in paragraphs."""
     draw = random.Random(seed)
-    parts = [
-        f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)}." for _ in range(sentences)
-    ]
+    parts = [f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)}." for _ in range(sentences)]
     return "\n\n".join(" ".join(parts[i : i + 6]) for i in range(0, sentences, 6))
 
 
@@ -45,7 +43,7 @@ def _archive(path: Path, texts: dict[str, str]) -> None:
 def _run(*arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(RECIPE), *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 

@@ -1,0 +1,42 @@
+"""The curriculum, in one place: what is shown, how long, for how many tokens, at which learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the training. ``rate`` multiplies the peak learning rates, from first to second."""
+
+    name: str
+    tokens: int
+    lengths: tuple[tuple[int, float], ...]  # sequence length and its probability, drawn per step
+    shares: tuple[float, float, float, float, float]  # of the examples: prose, facts, table, copy, drill
+    rate: tuple[float, float]
+    batch_tokens: int = 4096
+
+
+STAGES = (
+    # Copying and looking up at short length: the planted circuits learn to work with the rest.
+    Stage("recall", 800_000, ((256, 1.0),), (0.35, 0.25, 0.15, 0.10, 0.15), (1.0, 1.0)),
+    Stage("reach", 1_400_000, ((512, 0.7), (1024, 0.3)), (0.50, 0.30, 0.12, 0.05, 0.03), (1.0, 1.0)),
+    # Decay, mostly prose, up to the full context so that no position is unknown to the model.
+    Stage(
+        "settle",
+        2_700_000,
+        ((512, 0.40), (1024, 0.48), (2048, 0.12)),
+        (0.60, 0.27, 0.07, 0.04, 0.02),
+        (1.0, 0.0),
+    ),
+)
+
+TOY = (
+    Stage("toy-short", 20_000, ((64, 1.0),), (0.6, 0.1, 0.1, 0.1, 0.1), (1.0, 1.0), 1024),
+    Stage("toy-long", 8_000, ((128, 1.0),), (0.7, 0.2, 0.1, 0.0, 0.0), (1.0, 0.1), 1024),
+)
+
+
+def scaled(stages: tuple[Stage, ...], factor: float) -> tuple[Stage, ...]:
+    """The same curriculum with every token budget multiplied."""
+    return tuple(replace(stage, tokens=int(stage.tokens * factor)) for stage in stages)
