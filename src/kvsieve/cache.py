@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from . import hf
 from .errors import PolicyError, UnsupportedModelError, UnsupportedOperationError
+from .hf_rotary import rotary_of
 from .layer import KVLayer
 from .ledger import KEY, KIND, POSITION, VALUE, Kind
 from .policy import Policy
@@ -226,7 +227,7 @@ class SieveCache(Cache):
                 f"{type(model).__name__} has no full-attention layer to manage (its layers are: {kinds})"
             )
         scorer, slot = policy.scorer, positions == "slot"
-        rope: Rotary | None = hf.rotary_of(model, any_length=slot) if slot or scorer.wants_rope else None
+        rope: Rotary | None = rotary_of(model, managed, slot) if slot or scorer.wants_rope else None
         if rope is not None and not rope.text_only:
             asking = 'positions="slot"' if slot else policy.name
             raise UnsupportedModelError(f"{type(model).__name__} rotates by several axes; {asking} needs a single one")

@@ -7,15 +7,12 @@ own table of original positions; the attention function finds the layer through 
 
 from __future__ import annotations
 
-import copy
-import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,7 +24,6 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .errors import UnsupportedModelError
-from .rope import Rotary
 from .view import Visibility
 
 if TYPE_CHECKING:
@@ -41,7 +37,6 @@ __all__ = [
     "enabled",
     "hook_hidden_states",
     "reset_stock_layer",
-    "rotary_of",
     "text_config",
 ]
 
@@ -63,6 +58,9 @@ _expected = _Expected()
 
 class MaskSpec:
     """A mask that is not yet evaluated. Travels through the model in the place of the mask tensor."""
+
+    ndim = 4
+    """What models ask of a mask that is ready made, as `generate` makes it for static caches."""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
@@ -105,7 +103,8 @@ def _mask_function(*args: Any, **kwargs: Any) -> MaskSpec:
     if args:
         raise UnsupportedModelError("this version of transformers passes masks in a way kvsieve does not know")
     _expected.layer = None  # a new forward pass: an older one that was interrupted expects nothing any more
-    return MaskSpec(**kwargs)
+    made = kwargs.get("attention_mask")
+    return made if isinstance(made, MaskSpec) else MaskSpec(**kwargs)
 
 
 def tag(keys: Tensor, values: Tensor, layer: SieveLayer) -> None:
@@ -192,6 +191,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; kvsieve manages decoder-only caches")
     if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} has cross-attention layers, which are not supported")
+    if not getattr(config, "is_causal", True):
+        raise UnsupportedModelError(f"{name} is not causal: its keys depend on tokens to come")
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         raise UnsupportedModelError(f"{name} shares keys between layers, which is not supported")
     if getattr(config, "kv_lora_rank", None):
@@ -270,69 +271,3 @@ def reset_stock_layer(layer: Any) -> None:
     if getattr(layer, "keys", None) is not None and not hasattr(layer, "max_cache_len"):
         layer.keys = layer.values = None
         layer.is_initialized = False
-
-
-def rotary_of(model: PreTrainedModel, any_length: bool = False) -> Rotary:
-    """The decoder's rotary embedding, checked by its self-test.
-
-    Args:
-        any_length: refuse frequencies that change with the length of the sequence.
-
-    Raises:
-        UnsupportedModelError: there is none, or its rotations cannot be shifted exactly.
-    """
-    modules, config = attention_modules(model), text_config(model)
-    rotary = _rotary_module(model, config)
-    if rotary is None or not modules:
-        raise UnsupportedModelError(f"{type(model).__name__} has no rotary embedding that kvsieve can find")
-    source = sys.modules[type(next(iter(modules.values()))).__module__]
-    rotate = getattr(source, "apply_rotary_pos_emb", None)
-    if rotate is None:
-        raise UnsupportedModelError(f"{source.__name__} has no apply_rotary_pos_emb")
-    forward = inspect.unwrap(type(rotary).forward)
-    per_type = "layer_type" in inspect.signature(forward).parameters
-    layer_type = ("full_attention",) if per_type else ()
-    kind = getattr(rotary, "rope_type", "default")
-    kind = str(kind["full_attention"] if isinstance(kind, dict) else kind)
-    if any_length and ("dynamic" in kind or kind == "longrope"):
-        raise UnsupportedModelError(
-            f"this model's rotary embedding ({kind}) changes its frequencies with the length of the sequence, so its "
-            'keys cannot be shifted past that; use positions="original"'
-        )
-    scaling = getattr(rotary, "full_attention_attention_scaling", None) if per_type else None
-    scaling = float(getattr(rotary, "attention_scaling", 1.0) if scaling is None else scaling)
-    axes = 3 if "mrope" in str(getattr(config, "rope_parameters", "")) else 0
-
-    def raw(run: Callable[..., Any], positions: Tensor) -> tuple[Tensor, Tensor]:
-        shaped = positions[None].expand(axes, -1, -1) if axes else positions
-        cos, sin = run(torch.zeros(1, device=positions.device), shaped, *layer_type)
-        return cos, sin
-
-    def cos_sin(positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = raw(lambda *a: forward(rotary, *a), positions)
-        return cos / scaling, sin / scaling
-
-    def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotate(x, x, cos, sin)[1]
-
-    made = Rotary(cos_sin, apply, text_only=not axes)
-    device = next(rotary.buffers()).device
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if device.type != "meta":
-        # on a copy, because dynamic embeddings remember the longest sequence they have seen
-        twin = copy.deepcopy(rotary)
-        made.self_test(head_dim, lambda x, p: apply(x.to(device), *raw(twin, p.to(device))).cpu())
-    return made
-
-
-def _rotary_module(model: PreTrainedModel, config: PretrainedConfig) -> nn.Module | None:
-    """The module that holds the decoder's inverse frequencies."""
-    found = [
-        module
-        for name, module in model.named_modules()
-        if "vision" not in name
-        and "visual" not in name
-        and any(b.endswith("inv_freq") for b, _ in module.named_buffers(recurse=False))
-    ]
-    own = [module for module in found if getattr(module, "config", None) is config]
-    return next(iter(own or found), None)

@@ -1,7 +1,7 @@
 """Rotary positions of keys that are already rotated: shift them exactly, or take a rotation back.
 
 The core knows two functions only: `cos_sin` (positions to cosines and sines, without any attention scaling) and
-`apply` (the model's own rotation of one tensor). `kvsieve.hf.rotary_of` finds both in a model.
+`apply` (the model's own rotation of one tensor). `kvsieve.hf_rotary.rotary_of` finds both in a model.
 """
 
 from __future__ import annotations

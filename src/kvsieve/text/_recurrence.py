@@ -99,7 +99,7 @@ class Recurrence:
         mass = np.concatenate([self.mass, np.zeros(shape, self.mass.dtype)], axis=1)[:, None]
         alive = np.ones((self.sets, old + rows, 1), self.mass.dtype)
         totals = np.empty((rows, self.sets, weights.shape[1], 1), self.mass.dtype)
-        low, recent = self.protect.sink, self.protect.recent
+        low, recent, born = self.protect.sink, self.protect.recent, held.astype(self.mass.dtype)
         victims: list[tuple[int, list[int]]] = []
         for r, count in enumerate(drops[start:end].tolist()):
             width = old + r + 1
@@ -112,9 +112,9 @@ class Recurrence:
             ranked = np.add(ranked, received, out=ranked if self.sums else received)
             if not count:
                 continue
-            if self.by_age:
-                ranked = ranked / (start + r + 1 - held[:, None, :width])
             loose = ranked[:, 0, low : width - recent]
+            if self.by_age:
+                loose = loose / (start + r + 1 - born[:, low : width - recent])
             for _ in range(count):
                 chosen = loose.argmin(1).tolist()
                 victims.append((start + r + 1, chosen))
