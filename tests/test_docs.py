@@ -29,3 +29,11 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     finally:
         SCORERS.clear()
         SCORERS.update(known)
+
+
+def test_method_table_is_generated():
+    from kvsieve.report.methods import methods_markdown
+
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split("<!-- methods: kvsieve methods --markdown -->\n")[1].split("<!-- /methods -->")[0]
+    assert table.strip() == methods_markdown().strip()
