@@ -51,6 +51,12 @@ def _causal(name: str, values: dict[str, Any]) -> PreTrainedModel:
     return model_class(config_class(**values))
 
 
+def causal(name: str, **changes: Any) -> PreTrainedModel:
+    """Any other `<name>ForCausalLM`, small and in evaluation mode."""
+    torch.manual_seed(0)
+    return _causal(name, {**BASE, **changes}).eval()
+
+
 def _neox(**changes: Any) -> PreTrainedModel:
     values = {**BASE, "rotary_pct": 0.25, **changes}
     values.pop("num_key_value_heads")

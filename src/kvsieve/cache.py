@@ -228,9 +228,6 @@ class SieveCache(Cache):
             )
         scorer, slot = policy.scorer, positions == "slot"
         rope: Rotary | None = rotary_of(model, managed, slot) if slot or scorer.wants_rope else None
-        if rope is not None and not rope.text_only:
-            asking = 'positions="slot"' if slot else policy.name
-            raise UnsupportedModelError(f"{type(model).__name__} rotates by several axes; {asking} needs a single one")
         scorer.check_model(config)
         hf.enable(model)
         if scorer.wants_hidden:

@@ -30,6 +30,11 @@ def rotary_of(model: PreTrainedModel, layers: Sequence[int] | None = None, any_l
         UnsupportedModelError: there is none, or its rotations cannot be shifted exactly.
     """
     modules, config = attention_modules(model), text_config(model)
+    if "mrope" in str(getattr(config, "rope_parameters", "")):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} rotates by several axes (text, rows and columns of pictures), and a number of "
+            'tokens is no distance on them; use positions="original" and a method that does not need rotary positions'
+        )
     module = _rotary_module(model, config)
     if module is None or not modules:
         raise UnsupportedModelError(f"{type(model).__name__} has no rotary embedding that kvsieve can find")
@@ -41,7 +46,10 @@ def rotary_of(model: PreTrainedModel, layers: Sequence[int] | None = None, any_l
     per_type = "layer_type" in inspect.signature(forward).parameters
     layer_type = ("full_attention",) if per_type else ()
     kind = getattr(module, "rope_type", "default")
-    kind = str(kind["full_attention"] if isinstance(kind, dict) else kind)
+    if isinstance(kind, dict):
+        kind = kind.get("full_attention")
+    if kind is None:
+        raise UnsupportedModelError(f"{type(model).__name__} does not rotate the keys of its full-attention layers")
     if any_length and ("dynamic" in kind or kind == "longrope"):
         raise UnsupportedModelError(
             f"this model's rotary embedding ({kind}) changes its frequencies with the length of the sequence, so its "
@@ -49,21 +57,14 @@ def rotary_of(model: PreTrainedModel, layers: Sequence[int] | None = None, any_l
         )
     scaling = getattr(module, "full_attention_attention_scaling", None) if per_type else None
     scaling = float(getattr(module, "attention_scaling", 1.0) if scaling is None else scaling)
-    axes = 3 if "mrope" in str(getattr(config, "rope_parameters", "")) else 0
-
-    def raw(run: Callable[..., Any], like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        shaped = positions[None].expand(axes, -1, -1) if axes else positions
-        cos, sin = run(like, shaped, *layer_type)
-        return cos, sin
 
     def cos_sin(positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.zeros(1, device=positions.device)
-        cos, sin = raw(lambda *a: forward(module, *a), like, positions)
+        cos, sin = forward(module, torch.zeros(1, device=positions.device), positions, *layer_type)
         return cos / scaling, sin / scaling
 
     device = next(module.buffers()).device
-    if axes or device.type == "meta":
-        return Rotary(cos_sin, lambda x, cos, sin: rotate(x, x, cos, sin)[1], text_only=not axes)
+    if device.type == "meta":
+        return Rotary(cos_sin, lambda x, cos, sin: rotate(x, x, cos, sin)[1])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     like = torch.zeros(1, device=device)
     part = _part(rotate, head_dim, *cos_sin(torch.zeros(1, 1, device=device)))
@@ -75,9 +76,9 @@ def rotary_of(model: PreTrainedModel, layers: Sequence[int] | None = None, any_l
     made = Rotary(cos_sin, apply)
     # on a copy, because dynamic embeddings remember the longest sequence they have seen
     twin = copy.deepcopy(module)
-    made.self_test(head_dim, lambda x, p: apply(x.to(device), *raw(twin, like, p.to(device))).cpu())
+    made.self_test(head_dim, lambda x, p: apply(x.to(device), *twin(like, p.to(device), *layer_type)).cpu())
     for index in modules if layers is None else layers:
-        _check_layer(modules[index], index, made, lambda x, p: raw(twin, x, p), config.hidden_size)
+        _check_layer(modules[index], index, made, lambda x, p: twin(x, p, *layer_type), config.hidden_size)
     return made
 
 

@@ -203,6 +203,34 @@ def test_refused(case):
     SieveCache(model, policy("streaming_llm", 8))
 
 
+NOT_ROTATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "no rotation in some layers": ("SmolLM3", {"num_hidden_layers": 4}),
+    "no rotation in global layers": ("Cohere2", {"num_hidden_layers": 4, "sliding_window": 24}),
+    "keys normalised after rotation": ("HunYuanDenseV1", {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ROTATED)
+def test_layers_whose_keys_are_not_just_rotated(case):
+    """Their functions alone would pass; what the layers do with them does not."""
+    name, changes = NOT_ROTATED[case]
+    model = models.causal(name, **changes)
+    for module in model.modules():
+        if type(module).__name__.endswith("Norm"):
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)
+    for chosen, positions in (("streaming_llm", "slot"), ("expected_attention", "original")):
+        with pytest.raises(UnsupportedModelError, match="does not rotate its keys, or changes them after it"):
+            SieveCache(model, policy(chosen, 8), positions=positions)
+    SieveCache(model, policy("streaming_llm", 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["Phi", "StableLm", "Cohere", "Glm", "Olmo2", "Granite"])
+def test_other_layouts_are_accepted(name, dtype):
+    """Parts of a head, interleaved pairs, other scales."""
+    SieveCache(models.causal(name).to(dtype), policy("streaming_llm", 8), positions="slot")
+
+
 def test_dynamic_frequencies_are_tested_on_a_copy():
     """The self-test looks past the trained length, which such an embedding remembers."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
@@ -219,7 +247,7 @@ def test_dynamic_frequencies_are_tested_on_a_copy():
 
 
 def test_expected_attention_on_several_axes_is_refused():
-    with pytest.raises(UnsupportedModelError, match="expected_attention needs a single one"):
+    with pytest.raises(UnsupportedModelError, match="several axes"):
         SieveCache(models.build("qwen3_vl"), policy("expected_attention", 8))
 
 

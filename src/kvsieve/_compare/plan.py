@@ -302,6 +302,14 @@ def _explain(plan: Plan) -> None:
             )
         if settings.protect_recent:
             plan.notes.append(f"No ratio method evicts the last {settings.protect_recent} tokens.")
+        else:
+            bare = [m.label for m in plan.methods if m.kind == "ratio" and m.policy().protect.recent <= 1]
+            bare = [label for label in bare if label not in ("streaming_llm", "sink_recent")]
+            if bare:
+                plan.notes.append(
+                    f"{', '.join(bare)} protect no recent tokens, and a score of one query says little about a token "
+                    "that has just come; --protect-recent 32 gives all methods a window."
+                )
     if any(m.kind == "threshold" for m in plan.methods):
         plan.notes.append(
             f"kvzap keeps the last {settings.sliding_window_size} tokens and, of the older ones, those that score at "
