@@ -159,7 +159,7 @@ DEMO: dict[str, Any] = {
     "methods": "baseline,streaming_llm,snapkv,pyramidkv,h2o,tova,observed_attention,expected_attention,kvzap,keydiff,"
     "knorm,random",
     "threshold": "match",
-    "max_samples": 8,
+    "max_samples": 6,
     "max_length": 1024,
 }
 """What `--demo` changes; flags that are typed win."""
