@@ -156,7 +156,7 @@ def compare(
 
 
 DEMO: dict[str, Any] = {
-    "methods": "baseline,streaming_llm,snapkv,pyramidkv,h2o,tova,observed_attention,expected_attention,kvzap,keydiff,"
+    "methods": "baseline,streaming_llm,snapkv,h2o,tova,observed_attention,expected_attention,kvzap,keydiff,"
     "knorm,random",
     "threshold": "match",
     "max_samples": 6,
