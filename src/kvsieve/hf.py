@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, UnsupportedOperationError
 from .view import Visibility
 
 if TYPE_CHECKING:
@@ -71,17 +71,19 @@ class MaskSpec:
     def visibility(self) -> Visibility:
         """The same in kvsieve's words."""
         if self._visibility is None:
+            start, count = int(self.arguments.get("q_offset", 0)), int(self.arguments["q_length"])
             padding = self.arguments.get("attention_mask")
             if padding is not None:
-                padding = padding.bool()
+                if padding.shape[-1] < start + count:
+                    raise UnsupportedOperationError(
+                        f"the attention mask has {padding.shape[-1]} columns, but the cache has seen {start} tokens "
+                        f"and {count} are new; it must cover all {start + count}"
+                    )
+                padding = padding[:, : start + count].bool()
                 padding = None if bool(padding.all()) else padding
             function = self.arguments.get("mask_function", causal_mask_function)
-            self._visibility = Visibility(
-                start=int(self.arguments.get("q_offset", 0)),
-                count=int(self.arguments["q_length"]),
-                padding=padding,
-                function=None if function is causal_mask_function else function,
-            )
+            function = None if function is causal_mask_function else function
+            self._visibility = Visibility(start, count, padding, function)
         return self._visibility
 
     def tensor(self, implementation: str) -> Tensor | None:

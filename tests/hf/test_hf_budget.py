@@ -179,8 +179,8 @@ def tensors() -> list[torch.Tensor]:
 def test_nothing_large_stays_behind():
     """What a forward pass of many tokens leaves alive is no larger than the budget."""
     length, model = 600, models.managed("llama")
+    before = {id(t) for t in tensors()}
     for chosen in (policy("h2o", 16), policy("adakv_snapkv", 16), get_policy("knorm", threshold=-8.0)):
-        before = {id(t) for t in tensors()}
         cache = SieveCache(model, chosen)
         with torch.no_grad():
             model(input_ids=models.words(1, length), past_key_values=cache, logits_to_keep=1)

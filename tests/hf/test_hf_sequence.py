@@ -89,6 +89,14 @@ def test_turns_equal_the_stock_cache_while_nothing_is_evicted(family):
         ids = [torch.cat([out.sequences, models.words(1, 6, seed=turn + 5)], 1) for out in outs]
 
 
+def test_embeddings_instead_of_tokens():
+    stock, model = models.stock("llama"), models.managed("llama")
+    inputs = {"inputs_embeds": stock.model.embed_tokens(models.words(2, 12)).detach()}
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    want = stock.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, past_key_values=SieveCache(model, policy("h2o"))), want)
+
+
 @pytest.mark.parametrize("only_new", [False, True], ids=["all ids", "new ids"])
 @pytest.mark.parametrize("name", EVICTING)
 def test_turns_equal_the_masked_reference(name, only_new):

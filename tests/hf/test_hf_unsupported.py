@@ -113,6 +113,15 @@ def test_ready_made_masks():
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, stock)
 
 
+def test_a_mask_that_covers_the_new_tokens_only():
+    model, ids = models.managed("llama"), models.words(1, 12)
+    cache = SieveCache(model, policy("h2o", 8))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones(1, 20), past_key_values=cache)  # a longer one is fine
+        with pytest.raises(UnsupportedOperationError, match="must cover all 15"):
+            model(input_ids=ids[:, :3], attention_mask=torch.ones(1, 3), past_key_values=cache)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_training(dropout):
     model, ids = models.build("llama", attention_dropout=dropout), models.words(1, 12)
