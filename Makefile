@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OLDEST := 5.14.1
+OLDEST := 5.14.0
 
 .PHONY: demo test test-oldest lint clean
 
