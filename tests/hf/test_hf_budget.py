@@ -98,14 +98,14 @@ def test_token_budget(name, how, padded):
     assert cache.report()["evictions"] > 0
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "adakv_snapkv"])
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "adakv_snapkv", "kvzap"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_token_budget_on_every_family(family, name):
     def look(cache: SieveCache) -> None:
         for counts in cache.report()["tokens_held"].values():
             assert int(torch.tensor(counts).sum(-1).max()) <= BUDGET * len(counts[0])
 
-    cache = run(policy(name, BUDGET), look, family)
+    cache = run(policy(name, BUDGET, family), look, family)
     report = cache.report()
     kinds = report["unmanaged_layers"]
     assert sorted([*report["managed_layers"], *kinds]) == list(range(len(cache.layers)))

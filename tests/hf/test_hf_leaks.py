@@ -109,6 +109,24 @@ def test_hidden_state_hook_is_added_once_and_serves_only_those_who_ask():
     assert all(layer.hidden is None for layer in other.managed)
 
 
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_hidden_states_are_the_input_of_the_attention_block(family):
+    model, seen = models.build(family), {}
+    cache = SieveCache(model, policy("kvzap", family=family))
+
+    def watch(module, args, kwargs):
+        seen[module.layer_idx] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    for module in hf.attention_modules(model).values():
+        module.register_forward_pre_hook(watch, with_kwargs=True)
+    inputs = models.prompt(family, 2, 20)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    for layer in cache.managed:
+        want = surrogate(family).score(layer.core.layer_idx, seen[layer.core.layer_idx])
+        assert torch.equal(layer.core.store.read("score"), want)
+
+
 class Break(torch.nn.Module):
     """Fails inside the second layer, at the first call."""
 
