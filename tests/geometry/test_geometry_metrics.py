@@ -23,6 +23,7 @@ from kvsieve.geometry.metrics import (
     trajectory_metrics,
     unproject,
 )
+from kvsieve.geometry.scenes import render_sequence
 
 seeds = st.integers(0, 2**31 - 1)
 few = settings(max_examples=25, deadline=None)
@@ -308,7 +309,7 @@ def test_bad_paths_are_refused():
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (50, 70), (0, 3)])
-@pytest.mark.parametrize("blocks", [(2048, 4096), (16, 7)])
+@pytest.mark.parametrize("blocks", [(256, 512), (16, 7)])
 def test_nearest_distances_equal_all_pairs(monkeypatch, count, size, blocks):
     monkeypatch.setattr(metrics, "_QUERIES", blocks[0])
     monkeypatch.setattr(metrics, "_CLOUD", blocks[1])
@@ -396,6 +397,14 @@ def test_unprojected_pixels_project_back(offset):
             assert (pixel[:2] / pixel[2]).tolist() == pytest.approx([column + offset, row + offset])
     assert torch.equal(unproject(depth[0], path[0], camera[0], offset), points[0])
     assert unproject(depth.float(), path, camera).dtype == torch.float32
+
+
+def test_rendered_depth_unprojects_to_rendered_points():
+    scene = render_sequence(3, frames=2, size=(28, 42))
+    points = unproject(scene.depth, scene.extrinsics, scene.intrinsics)
+    assert torch.allclose(points, scene.points, atol=1e-4)
+    got = point_metrics(points, scene.points, align="none", max_points=500)
+    assert max(got["accuracy_mean"], got["completeness_mean"]) < 1e-4
 
 
 def test_unproject_names_the_shapes_that_do_not_fit():
