@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["BLOCK_BYTES", "attend", "attend_naive", "attention_mass", "attention_mass_naive"]
+__all__ = ["BLOCK_BYTES", "attend", "attend_and_count", "attend_naive", "attention_mass", "attention_mass_naive"]
 
 BLOCK_BYTES = 16 << 20
 """Upper bound on the logits of one block; 16 MiB keeps a block near the caches of a CPU core."""
@@ -60,15 +60,20 @@ def attention_mass(
         if weights is not None:
             w = weights[:, :, s:e].expand(b, q.shape[1], e - s).reshape(b, hkv, -1, e - s, 1)
             p = p * w
-        if reduce == "sum":
-            mass[..., :width] += p.sum((2, 3))
-        elif reduce == "square":
-            mass[..., :width] += p.square().sum((2, 3))
-        elif reduce == "max":
-            mass[..., :width] = torch.maximum(mass[..., :width], p.amax((2, 3)))
-        else:
-            raise ValueError(f'reduce={reduce!r} is not "sum", "max" or "square"')
+        _count(mass[..., :width], p, reduce)
     return mass
+
+
+def _count(mass: Tensor, p: Tensor, reduce: str) -> None:
+    """Take the probabilities `p` `[B, Hkv, G, rows, N]` of a block into `mass` `[B, Hkv, N]`."""
+    if reduce == "sum":
+        mass += p.sum((2, 3))
+    elif reduce == "square":
+        mass += p.square().sum((2, 3))
+    elif reduce == "max":
+        torch.maximum(mass, p.amax((2, 3)), out=mass)
+    else:
+        raise ValueError(f'reduce={reduce!r} is not "sum", "max" or "square"')
 
 
 def attend(
@@ -86,6 +91,8 @@ def attend(
     zero."""
     b, hkv = k.shape[:2]
     group = q.shape[1] // hkv
+    if group == 1 and visible is None and causal_offset is None and softcap is None and sinks is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale)
     if q.shape[2] == 1 and visible is None and causal_offset is None and softcap is None and sinks is None:
         rows = q.unflatten(1, (hkv, group)).squeeze(3)  # the heads of a group as rows of one small attention
         return scaled_dot_product_attention(rows, k, v, scale=scale).flatten(1, 2)[:, :, None]
@@ -94,6 +101,31 @@ def attend(
         rows = p.flatten(2, 3).to(v.dtype) @ v[:, :, :width]
         out[:, :, :, s:e] = rows.unflatten(2, (group, e - s))
     return out.flatten(1, 2)
+
+
+def attend_and_count(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reduce: str = "sum",
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` and `attention_mass` where every query sees every key, from one computation of the probabilities.
+
+    Returns:
+        `[B, H, T, Dv]` in `v`'s dtype, and `[B, Hkv, N]` as `attention_mass` gives it.
+    """
+    b, hkv, n = k.shape[:3]
+    group = q.shape[1] // hkv
+    mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    out = q.new_empty(b, hkv, group, q.shape[2], v.shape[-1])
+    for s, e, _, p in _blocks(q, k, scale, None, None, softcap, sinks, None):
+        out[:, :, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (group, e - s))
+        _count(mass, p, reduce)
+    return out.flatten(1, 2), mass
 
 
 def _blocks(

@@ -1,4 +1,4 @@
-"""How many tokens may stay, and how that number is shared: the second answer of a `Policy`.
+"""How many tokens may stay: the second answer of a `Policy`. How that number is shared stands in `shares.py`.
 
 Ratios, bytes and strings become integers here, once. `budget` always says what is **kept**.
 """
@@ -10,9 +10,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from .errors import BudgetError
 from .store import MIN_SPARE, SPARE_SHARE
 
@@ -20,15 +17,13 @@ if TYPE_CHECKING:
     from .view import LayerView
 
 __all__ = [
-    "AcrossHeads",
     "Budget",
     "Bytes",
-    "Pyramid",
+    "EvictRatio",
+    "OfStream",
     "Ratio",
-    "Share",
     "Threshold",
     "Tokens",
-    "Uniform",
     "Unlimited",
     "parse_budget",
     "parse_bytes",
@@ -89,19 +84,64 @@ class Ratio(Budget):
 
 
 @dataclass(frozen=True)
+class OfStream(Budget):
+    """A share of a stream whose length is known: `kept * tokens` tokens per head, on average over layers, throughout.
+
+    Attributes:
+        kept: the share.
+        tokens: tokens of the whole stream.
+    """
+
+    kept: float
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.kept <= 1.0:
+            raise BudgetError(f"a share of a stream must lie in (0, 1], not {self.kept}")
+        if self.tokens < 1:
+            raise BudgetError(f"a stream must have at least one token, not {self.tokens}")
+
+    def amounts(self, view: LayerView) -> list[float]:
+        return [self.tokens * self.kept] * len(view.real_seen)
+
+
+@dataclass(frozen=True)
+class EvictRatio(Budget):
+    """A share of what may be evicted leaves at every decision: `int(n * removed)` of the `n` tokens held that are not
+    protected.
+
+    Applied over and over, as in a stream, this forgets geometrically: when every pass brings `m` tokens that may be
+    evicted, their number settles near `m * (1 - removed) / removed`, however long the stream.
+    """
+
+    removed: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.removed < 1.0:
+            raise BudgetError(f"an eviction ratio is the share removed and must lie in [0, 1), not {self.removed}")
+
+    def amounts(self, view: LayerView) -> list[float]:
+        held, closed = view.valid.sum(-1), (view.valid & view.protected).sum(-1)
+        open_ = held - closed
+        # heads of a layer may differ in what they hold; the count is one for all of them
+        kept = (held - (open_.double() * self.removed).long()).amax(-1)
+        return [float(n) for n in kept.tolist()]
+
+
+@dataclass(frozen=True)
 class Bytes(Budget):
     """At most `n` bytes of keys and values over all managed layers, rows and heads, spare slots included."""
 
     n: int
 
-    def tokens(self, each: int, exact: bool) -> int:
-        """Tokens per head, if one token in every layer, row and head takes `each` bytes. Room for the next token is
-        set aside, and, where a store cannot be fitted exactly, for its spare slots."""
-        fit = self.n // each - 1
+    def tokens(self, each: int, exact: bool, room: int = 1) -> int:
+        """Tokens per head, if one token in every layer, row and head takes `each` bytes. Room for the next `room`
+        tokens is set aside, and, where a store cannot be fitted exactly, for its spare slots."""
+        fit = self.n // each - room
         if not exact:
             fit = min(fit - MIN_SPARE, fit * SPARE_SHARE // (SPARE_SHARE + 1))
         if fit < 1:
-            least = (2 if exact else 2 + MIN_SPARE) * each
+            least = (1 + room if exact else 1 + room + MIN_SPARE) * each
             raise BudgetError(
                 f"a budget of {self.n} bytes holds no token: one token takes {each} bytes over all layers, rows and "
                 f"heads; the smallest legal budget is {least} bytes"
@@ -111,7 +151,7 @@ class Bytes(Budget):
     def amounts(self, view: LayerView) -> list[float]:
         rows, heads = view.positions.shape[:2]
         each = view.n_layers * rows * heads * view.bytes_per_token
-        return [float(self.tokens(each, view.exact_fit))] * rows
+        return [float(self.tokens(each, view.exact_fit, view.room))] * rows
 
 
 @dataclass(frozen=True)
@@ -126,84 +166,6 @@ class Threshold(Budget):
 
     def amounts(self, view: LayerView) -> list[float]:
         raise BudgetError("a threshold has no count and cannot be shared over layers or heads")
-
-
-@dataclass(frozen=True)
-class Share:
-    """Base class: how an amount is shared over layers and heads."""
-
-    @property
-    def uniform(self) -> bool:
-        """Whether every head of a layer receives the same count."""
-        return True
-
-    def per_layer(self, amount: float, count: int, seen: int, view: LayerView) -> int:
-        """Tokens per head for this layer and one row, which has seen `seen` real tokens."""
-        return count
-
-    def per_head(self, scores: Tensor, valid: Tensor, protected: Tensor, counts: Tensor) -> Tensor:
-        """`[B, Hkv]` tokens per head, from `counts` `[B]` (average over heads) and the scores `[B, Hkv, N]`."""
-        return counts[:, None].expand(-1, valid.shape[1])
-
-
-@dataclass(frozen=True)
-class Uniform(Share):
-    """The same number for every layer and head."""
-
-
-@dataclass(frozen=True)
-class Pyramid(Share):
-    """More for early layers, less for late ones, linearly (PyramidKV, arXiv 2406.02069, section 3.2).
-
-    Attributes:
-        beta: steepness; the last layer receives `1 / beta` of what is not window.
-        window: tokens of the observation window, which every layer keeps.
-    """
-
-    beta: int = 20
-    window: int = 64
-
-    def per_layer(self, amount: float, count: int, seen: int, view: LayerView) -> int:
-        low = amount / self.beta
-        high = 2 * amount - low
-        room = seen - self.window
-        if high >= room:
-            high, low = room, 2 * amount - room
-        if not seen >= high >= low >= self.window:
-            return max(1, round(amount))
-        if view.n_layers == 1:
-            return count
-        return round(high - view.rank * (high - low) / (view.n_layers - 1))
-
-
-@dataclass(frozen=True)
-class AcrossHeads(Share):
-    """Heads of a layer compete for one budget; each keeps at least `alpha` of its even share (AdaKV,
-    arXiv 2407.11550, algorithm 1)."""
-
-    alpha: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise BudgetError(f"the safeguard alpha must lie in [0, 1], not {self.alpha}")
-
-    @property
-    def uniform(self) -> bool:
-        return False
-
-    def per_head(self, scores: Tensor, valid: Tensor, protected: Tensor, counts: Tensor) -> Tensor:
-        b, h, n = scores.shape
-        lowest = torch.finfo(scores.dtype).min
-        ranked = torch.where(valid, scores.clamp_min(lowest), -math.inf)
-        ranked = torch.where(protected & valid, math.inf, ranked)
-        floor = (counts.double() * self.alpha).long().to(scores.device)
-        rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        ranked = torch.where((rank < floor[:, None, None]) & valid, math.inf, ranked)
-        flat = ranked.flatten(1)
-        order = flat.argsort(dim=-1, descending=True, stable=True)
-        place = torch.empty_like(order).scatter_(-1, order, torch.arange(h * n, device=order.device).expand(b, -1))
-        chosen = (place < (counts.to(scores.device) * h)[:, None]) & valid.flatten(1)
-        return chosen.unflatten(1, (h, n)).sum(-1)
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -13,8 +13,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from . import hf
 from .errors import PolicyError, UnsupportedModelError, UnsupportedOperationError
 from .hf_rotary import rotary_of
+from .joint import LayerGroup
 from .layer import KVLayer
-from .ledger import KEY, KIND, POSITION, VALUE, Kind
+from .ledger import KEY, POSITION, VALUE
+from .measure import measure, real_tokens
 from .policy import Policy
 from .rope import Rotary
 from .store import DenseStore
@@ -232,8 +234,9 @@ class SieveCache(Cache):
         hf.enable(model)
         if scorer.wants_hidden:
             hf.hook_hidden_states(hf.attention_modules(model))
+        group = LayerGroup()
         for rank, index in enumerate(managed):
-            stock[index] = SieveLayer(KVLayer(policy, index, rank, len(managed), positions, rope))
+            stock[index] = SieveLayer(KVLayer(policy, index, rank, len(managed), positions, rope, group))
         super().__init__(layers=stock)
         self.policy, self.positions = policy, positions
         self._config = config
@@ -293,33 +296,18 @@ class SieveCache(Cache):
     # ---- what it costs
 
     def report(self) -> dict[str, Any]:
-        """Measured state of the cache. Padding counts as neither seen nor held.
+        """Measured state of the cache.
 
         Returns:
-            `tokens_seen`: real tokens fed, per batch row. `tokens_held`: per managed layer, `[B][Hkv]` counts.
-            `bytes_held`: bytes of the storages behind keys and values of managed layers, measured.
-            `bytes_spare`: the part of them that holds no real token: free room for the next ones, and padding where
-            the policy has not looked yet. `bytes_ledger`: records beside them. `bytes_full`: keys and values if
-            nothing had been evicted. `compression_ratio`: share of keys and values removed, measured in tokens.
-            `evictions`: how often a layer has let tokens go. `managed_layers`, `unmanaged_layers` (index and kind).
+            `method`, what `kvsieve.measure.measure` says of the managed layers (`tokens_seen`, `tokens_held`,
+            `bytes_held`, `bytes_spare`, `bytes_ledger`, `bytes_full`, `compression_ratio`, `evictions`),
+            `managed_layers` and `unmanaged_layers` (index and kind).
         """
-        layers = self.managed
-        used = [layer.core for layer in layers if layer.core.seen]
-        held = {core.layer_idx: _real(core).sum(-1) for core in used}
-        tokens = {core.layer_idx: int(held[core.layer_idx].sum()) for core in used}
-        full = {core.layer_idx: int(core.real_seen.sum()) * core.store.heads for core in used}
-        bytes_held = sum(core.store.bytes_of((KEY, VALUE)) for core in used)
+        cores = [layer.core for layer in self.managed]
         return {
             "method": self.policy.name,
-            "tokens_seen": used[0].real_seen.tolist() if used else [],
-            "tokens_held": {index: counts.tolist() for index, counts in held.items()},
-            "bytes_held": bytes_held,
-            "bytes_spare": bytes_held - sum(tokens[c.layer_idx] * c.store.bytes_per_token for c in used),
-            "bytes_ledger": sum(core.store.bytes_of(set(core.store.columns) - {KEY, VALUE}) for core in used),
-            "bytes_full": sum(full[c.layer_idx] * c.store.bytes_per_token for c in used),
-            "compression_ratio": 1 - sum(tokens.values()) / sum(full.values()) if sum(full.values()) else 0.0,
-            "evictions": sum(core.evictions for core in used),
-            "managed_layers": [layer.core.layer_idx for layer in layers],
+            **measure(cores),
+            "managed_layers": [core.layer_idx for core in cores],
             "unmanaged_layers": {
                 i: type(layer).__name__ for i, layer in enumerate(self.layers) if not isinstance(layer, SieveLayer)
             },
@@ -333,7 +321,7 @@ class SieveCache(Cache):
             raise UnsupportedOperationError(f"layer {layer} is not managed ({type(found).__name__})")
         if not found.core.seen:
             return torch.empty(0, 0, 0, dtype=torch.long)
-        real = _real(found.core)
+        real = real_tokens(found.core)
         behind = torch.iinfo(torch.long).max
         table = torch.where(real, found.core.store.read(POSITION).long(), behind).sort(-1).values
         return table.masked_fill(table == behind, -1)[..., : int(real.sum(-1).max())]
@@ -353,9 +341,3 @@ class SieveCache(Cache):
         from .storage import load_cache
 
         return load_cache(cls, path, model, policy)
-
-
-def _real(core: KVLayer) -> Tensor:
-    """`[B, Hkv, N]` bool: slots that hold a real token."""
-    live = core.store.live
-    return live & (core.store.read(KIND) != Kind.PAD) if core.has_pads else live

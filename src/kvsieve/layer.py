@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import Visible, attend, attention_mass
+from .attention import Visible, attend, attend_and_count, attention_mass
 from .errors import UnsupportedOperationError
+from .joint import LayerGroup
 from .ledger import KEY, KIND, POSITION, SEGMENT, VALUE, Kind
 from .policy import Policy
 from .rope import Rotary
@@ -33,6 +34,7 @@ class _Forward:
     queries: Tensor | None
     visibility: Visibility
     hidden: Tensor | None
+    collected: tuple[str, Tensor] | None
 
 
 class _Head(NamedTuple):
@@ -55,6 +57,11 @@ class KVLayer:
         rank, n_layers: index among the managed layers, and how many those are.
         positions: `"original"` or `"slot"` (gaps closed towards the newest token; needs `rope`).
         rope: the model's rotary embedding, for `"slot"` positions and scorers that ask for it.
+        group: the layers that are cut together, where the policy asks for that; a layer on its own needs none.
+        window: segments older than the last `window` leave, whatever the policy says; the first one, and what the
+            policy protects, stay.
+        room: tokens of a forward pass, where they are always as many: after an eviction, storage fits what is kept
+            and this many more, to the byte.
     """
 
     def __init__(
@@ -65,9 +72,16 @@ class KVLayer:
         n_layers: int = 1,
         positions: str = "original",
         rope: Rotary | None = None,
+        group: LayerGroup | None = None,
+        window: int | None = None,
+        room: int | None = None,
     ) -> None:
         self.policy, self.layer_idx, self.rank, self.n_layers = policy, layer_idx, rank, n_layers
         self.positions, self.rope = positions, rope
+        self.window, self._room = window, room
+        self.group = None if not policy.joint else LayerGroup() if group is None else group
+        if self.group is not None:
+            self.group.members.append(self)
         self.scale: float | None = None
         self.softcap: float | None = None
         self.sinks: Tensor | None = None
@@ -80,18 +94,30 @@ class KVLayer:
         self.seen = 0
         self.real_seen = torch.zeros(0, dtype=torch.long)
         self.first = torch.zeros(0, dtype=torch.long)
+        self.segment = 0
         self.evictions = 0
         self.evicted_at = 0
         self.has_pads = self.padded = False
         self.new_keys = torch.empty(0)
         self.new_kind: Tensor | None = None
         self._pending: _Forward | None = None
+        self._collected: tuple[str, Tensor] | None = None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether storage is fitted to what is kept and the room for one forward pass."""
+        return self._room is not None
+
+    @property
+    def room(self) -> int:
+        """Tokens that a byte budget sets aside for the next forward pass."""
+        return self._room or 1
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVLayer:
         """A copy of the sequence; policy and model parts are shared."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        for name in ("store", "state", "real_seen", "first", "new_keys", "_pending"):
+        for name in ("store", "state", "real_seen", "first", "new_keys", "_pending", "_collected", "group"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -110,10 +136,11 @@ class KVLayer:
         """
         b, h, t = keys.shape[:3]
         if not self.seen:
-            self.store = DenseStore(b, h)
+            # a stream of equal passes may grow in larger steps: what an eviction leaves is fitted to the byte
+            self.store = DenseStore(b, h) if self._room is None else DenseStore(b, h, spare_share=4)
             self.real_seen = torch.zeros(b, dtype=torch.long)
             self.first = torch.zeros(b, dtype=torch.long, device=keys.device)
-        self.commit()
+        self.commit() if self.group is None else self.group.commit()
         if b != self.store.batch:
             raise UnsupportedOperationError(
                 f"the cache holds {self.store.batch} sequences, the new tokens have {b}; reset() or use a new cache"
@@ -126,9 +153,10 @@ class KVLayer:
         if segment is not None:
             value = torch.as_tensor(segment, dtype=torch.int32, device=keys.device)
             new[SEGMENT] = _per_head(value.expand(t) if value.dim() == 0 else value, b, h, t)
+            self.segment = segment if isinstance(segment, int) else int(value.max())
         token = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
-        limit = self.policy.limit(self.n_layers * b * h * token)
-        self.store.append(new, None if limit is None else limit + 1)
+        limit = self.policy.limit(self.n_layers * b * h * token, self.room)
+        self.store.append(new, None if limit is None else limit + self.room)
         self.seen += t
         self.real_seen = self.real_seen + t
         self.new_keys = keys
@@ -140,6 +168,13 @@ class KVLayer:
         keys = self.attended_keys()
         if isinstance(self.store, DenseStore):
             values = self.store.read(VALUE)
+            if visible is None and offset is None and self.policy.scorer.collects and self.policy.evicts:
+                reduce = self.policy.scorer.collects
+                out, mass = attend_and_count(
+                    queries, keys, values, reduce, scale=self.scale, softcap=self.softcap, sinks=self.sinks
+                )
+                self._collected = (reduce, mass)
+                return out
             return attend(
                 queries, keys, values, visible=visible, causal_offset=offset,
                 scale=self.scale, softcap=self.softcap, sinks=self.sinks,
@@ -157,7 +192,8 @@ class KVLayer:
         self, queries: Tensor | None, visibility: Visibility, hidden: Tensor | None = None, hold: bool = False
     ) -> None:
         """Tell the scorer about the forward pass, then evict; `hold` postpones both until `commit`."""
-        self._pending = _Forward(queries, visibility, hidden)
+        self._pending = _Forward(queries, visibility, hidden, self._collected)
+        self._collected = None
         if not hold:
             self.commit()
 
@@ -172,15 +208,23 @@ class KVLayer:
         queries = None if forward.queries is None else forward.queries[:, :, :count]
         hidden = None if forward.hidden is None else forward.hidden[:, :count]
         self.new_keys = self.new_keys[:, :, :count]
-        view = LayerView(self, queries, replace(forward.visibility, count=count), hidden)
+        collected = None if rejected else forward.collected
+        view = LayerView(self, queries, replace(forward.visibility, count=count), hidden, collected)
         self.policy.scorer.observe(view)
+        if self.group is not None and self.policy.trigger.fires(view):
+            self.group.wait(self, view)
+        else:
+            self.cut(view)
+
+    def cut(self, view: LayerView, counts: Tensor | None = None) -> None:
+        """Let go of what the policy does not keep; `counts` as in `Policy.keep`."""
         before = self.store.tokens
         handled, victims = self.policy.one_out(view)
         if victims is not None and isinstance(self.store, DenseStore):
             self.store.drop(victims)
-        keep = None if handled else self.policy.keep(view)
+        keep = None if handled else self.policy.keep(view, counts)
         if keep is not None:
-            self.store = self.store.keep(keep, uniform=self.policy.uniform)
+            self.store = self.store.keep(keep, uniform=self.policy.uniform, room=self._room)
             self.has_pads = False
         self.new_keys = torch.empty(0)
         if self.store.tokens < before:
@@ -214,7 +258,9 @@ class KVLayer:
         """`(causal_offset, visible)` for the attention functions: at most one of them is set, none means that
         every query sees every key. Older queries than the new ones may have lost keys between them, so only the
         new ones can count on a triangle."""
-        plain = visibility.function is None and not self.has_pads
+        if visibility.everything and not self.has_pads and isinstance(self.store, DenseStore):
+            return None, None
+        plain = visibility.function is None and not visibility.everything and not self.has_pads
         if plain and visibility.count == 1:
             return None, None
         if plain and self.store.ordered and visibility.count <= self.store.new:
@@ -331,8 +377,8 @@ class KVLayer:
 
     @property
     def plain(self) -> bool:
-        """Whether every slot of every head holds a real token and no row began with padding."""
-        return isinstance(self.store, DenseStore) and not self.padded
+        """Whether every slot of every head holds a real token that may stay and no row began with padding."""
+        return isinstance(self.store, DenseStore) and not self.padded and self.window is None
 
     @property
     def pending(self) -> bool:

@@ -15,24 +15,14 @@ from torch import Tensor
 
 from . import budgets as _budgets
 from . import protect as _protect
+from . import shares as _shares
 from . import triggers as _triggers
-from .budgets import (
-    AcrossHeads,
-    Budget,
-    Bytes,
-    Pyramid,
-    Ratio,
-    Share,
-    Threshold,
-    Tokens,
-    Uniform,
-    Unlimited,
-    parse_budget,
-)
+from .budgets import Budget, Bytes, EvictRatio, OfStream, Ratio, Threshold, Tokens, Unlimited, parse_budget
 from .errors import BudgetError, PolicyError
 from .protect import Protect
 from .scorer import SCORERS, Scorer
-from .select import check_scores, lowest_slot, top_mask
+from .select import check_scores, lowest_slot
+from .shares import AcrossHeads, LayerVariance, Pyramid, Share, Uniform
 from .triggers import AfterPrefill, EveryForward, Trigger, parse_trigger
 from .view import LayerView
 
@@ -64,6 +54,8 @@ class Policy:
                 f"({self.protect.sink} sinks + {self.protect.recent} recent); "
                 f"the smallest legal budget is {self.protect.smallest}"
             )
+        if self.share.joint and not isinstance(self.budget, (Tokens, Ratio, Bytes, OfStream, Unlimited)):
+            raise PolicyError(f"{self.name}: {type(self.budget).__name__} cannot be shared between layers; name tokens")
         if isinstance(self.budget, Threshold) and not isinstance(self.share, Uniform):
             raise PolicyError(f"{self.name}: a threshold decides token by token and cannot be shared ({self.share})")
 
@@ -88,31 +80,43 @@ class Policy:
         so that storage need not have spare room."""
         return type(self.share) is Uniform and isinstance(self.trigger, EveryForward)
 
-    def limit(self, each: int) -> int | None:
-        """That number, where it is known beforehand. `each`: bytes of one token in every layer, row and head."""
+    @property
+    def joint(self) -> bool:
+        """Whether the layers of a cache have to be cut together."""
+        return self.share.joint and self.evicts
+
+    def limit(self, each: int, room: int = 1) -> int | None:
+        """That number, where it is known beforehand. `each`: bytes of one token in every layer, row and head; `room`:
+        tokens to set aside for the next forward pass."""
         if self.exact_fit and isinstance(self.budget, Tokens):
             return self.budget.n
         if self.exact_fit and isinstance(self.budget, Bytes):
-            return self.budget.tokens(each, exact=True)
+            return self.budget.tokens(each, exact=True, room=room)
         return None
 
-    def keep(self, view: LayerView) -> Tensor | None:
-        """`[B, Hkv, N]` bool of the tokens that stay, or `None` when this forward pass calls for no decision."""
+    def keep(self, view: LayerView, counts: Tensor | None = None) -> Tensor | None:
+        """`[B, Hkv, N]` bool of the tokens that stay, or `None` when this forward pass calls for no decision.
+
+        Args:
+            view: the layer after the forward pass.
+            counts: `[B]` tokens per head, where a joint share has already decided on them.
+        """
         if not self.evicts or not self.trigger.fires(view):
-            return None
+            return view.valid if view.expires else None
         valid = view.valid
         if isinstance(self.budget, Threshold):
             scores = check_scores(self.scorer.score(view), view.positions, valid)
-            return valid & (self.protect.mask(view) | (scores >= self.budget.value))
-        counts = self._layer_counts(view)
+            return valid & (view.protected | (scores >= self.budget.value))
+        decided, counts = counts is not None, self._layer_counts(view) if counts is None else counts
         held = valid.sum(-1)
         if self.share.uniform and not bool((held.cpu() > counts[:, None]).any()):
             return valid
-        protected = self.protect.mask(view)
-        counts = self._above_protection(counts, protected, view)
+        protected = view.protected
+        if not decided:
+            counts = self._above_protection(counts, protected, view)
         scores = check_scores(self.scorer.score(view), view.positions, valid)
         per_head = self.share.per_head(scores, valid, protected, counts)
-        return top_mask(scores, view.positions, valid, protected, per_head)
+        return self.share.choose(scores, view.positions, valid, protected, per_head)
 
     def one_out(self, view: LayerView) -> tuple[bool, Tensor | None]:
         """Fast path of `keep` for a decode step: at most one token leaves every head, and nothing is padded.
@@ -122,12 +126,12 @@ class Policy:
             when not handled, `keep` has to decide.
         """
         guard = self.protect
-        if not (view.plain and self.uniform and self.evicts) or guard.kinds or guard.segments:
+        if not (view.plain and self.uniform and self.evicts) or guard.kinds or guard.segments or self.joint:
             return False, None
         if not self.trigger.fires(view):
             return True, None
         floor, counts = min(view.seen, guard.smallest), self._layer_counts(view).tolist()
-        if min(counts) < floor and not isinstance(self.budget, Ratio):
+        if min(counts) < floor and not isinstance(self.budget, (Ratio, EvictRatio)):
             return False, None  # `keep` refuses where it has to
         excess = [view.held - max(count, floor) for count in counts]
         if max(excess) <= 0:
@@ -135,7 +139,7 @@ class Policy:
         if min(excess) != 1 or max(excess) != 1:
             return False, None
         scores = check_scores(self.scorer.score(view), view.positions)
-        return True, lowest_slot(scores, view.positions, guard.mask(view))
+        return True, lowest_slot(scores, view.positions, view.protected)
 
     def _layer_counts(self, view: LayerView) -> Tensor:
         """`[B]` tokens per head of this layer, on average over its heads."""
@@ -148,7 +152,7 @@ class Policy:
     def _above_protection(self, counts: Tensor, protected: Tensor, view: LayerView) -> Tensor:
         """A ratio never cuts into protection (the measured rate tells); a token or byte budget must not be able to."""
         needed = protected.sum(-1).amax(-1).cpu()
-        if isinstance(self.budget, Ratio) or not bool((needed > counts).any()):
+        if isinstance(self.budget, (Ratio, EvictRatio)) or not bool((needed > counts).any()):
             return torch.maximum(counts, needed)
         raise BudgetError(
             f"{self.name}: layer {view.layer_idx} may keep {int(counts.min())} tokens per head, but "
@@ -192,8 +196,13 @@ def _find(name: str) -> type[Scorer]:
     return SCORERS[name]
 
 
-_PARTS = {"budget": _budgets, "protect": _protect, "trigger": _triggers, "share": _budgets}
-_SHARES: dict[str, type[Share]] = {"uniform": Uniform, "pyramid": Pyramid, "across_heads": AcrossHeads}
+_PARTS = {"budget": _budgets, "protect": _protect, "trigger": _triggers, "share": _shares}
+_SHARES: dict[str, type[Share]] = {
+    "uniform": Uniform,
+    "pyramid": Pyramid,
+    "across_heads": AcrossHeads,
+    "layer_variance": LayerVariance,
+}
 
 
 def get_policy(
@@ -219,7 +228,8 @@ def get_policy(
         threshold: instead of `budget`: a token stays while its score is at least this.
         window: the last `window` tokens are never evicted (overrides the method's own window).
         when: `"prefill"` (default for ratios), `"every_forward"` (default otherwise), `"every:N"`, `"over:N"`.
-        share: `"uniform"`, `"pyramid"`, `"across_heads"`, or a `Share`; the method's own by default.
+        share: `"uniform"`, `"pyramid"`, `"across_heads"`, `"layer_variance"`, or a `Share`; by default the method's
+            own.
         protect: replaces the method's protection altogether.
         **hyper: the method's hyper-parameters.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import PolicyError
+from .ledger import KIND, SEGMENT
 
 if TYPE_CHECKING:
     from .view import LayerView
@@ -24,17 +25,21 @@ class Protect:
         sink: the first `sink` real (not padding) tokens of every row.
         recent: the last `recent` tokens seen.
         kinds: token kinds of the ledger (see `kvsieve.ledger.Kind`) that stay.
+        kinds_recent: in how many of the latest segments they do; in all by default.
         segments: ledger segments (frames, turns, chunks) that stay.
     """
 
     sink: int = 0
     recent: int = 0
     kinds: tuple[int, ...] = ()
+    kinds_recent: int | None = None
     segments: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 0:
             raise PolicyError(f"sink and recent must be zero or more, not {self.sink} and {self.recent}")
+        if self.kinds_recent is not None and self.kinds_recent < 0:
+            raise PolicyError(f"kinds_recent must be zero or more, not {self.kinds_recent}")
 
     @property
     def smallest(self) -> int:
@@ -42,14 +47,17 @@ class Protect:
         return self.sink + self.recent
 
     def mask(self, view: LayerView) -> Tensor:
-        """`[B, Hkv, N]` bool: protected tokens among those held."""
+        """`[B, Hkv, N]` bool: protected tokens among those held, padding aside."""
         positions = view.positions
         mask = positions >= view.seen - self.recent
         if self.sink:
             ahead = self.sink if view.plain else (view.first + self.sink)[:, None, None]
             mask = mask | (positions < ahead)
-        for column, values in (("kind", self.kinds), ("segment", self.segments)):
-            if values and view.has(column):
-                wanted = torch.tensor(values, device=positions.device)
-                mask = mask | torch.isin(view.column(column), wanted)
-        return mask if view.plain else mask & view.valid
+        if self.kinds and view.has(KIND):
+            chosen = torch.isin(view.column(KIND), torch.tensor(self.kinds, device=positions.device))
+            if self.kinds_recent is not None and view.has(SEGMENT):
+                chosen &= view.column(SEGMENT) > view.segment - self.kinds_recent
+            mask = mask | chosen
+        if self.segments and view.has(SEGMENT):
+            mask = mask | torch.isin(view.column(SEGMENT), torch.tensor(self.segments, device=positions.device))
+        return mask if view.plain else mask & view.real

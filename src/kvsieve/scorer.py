@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .budgets import Budget, Share, Uniform
+from .budgets import Budget
 from .protect import Protect
+from .shares import Share, Uniform
 
 if TYPE_CHECKING:
     from .view import LayerView
@@ -50,6 +51,12 @@ class Scorer:
     def serializable(self) -> bool:
         """Whether the hyper-parameters are plain values that JSON can hold."""
         return True
+
+    @property
+    def collects(self) -> str:
+        """`"sum"` or `"max"` if the attention of the new queries, so reduced, is needed after every forward pass: a
+        host that computes attention itself then counts it on the way. Empty otherwise."""
+        return ""
 
     def default_budget(self) -> Budget | None:
         """Budget when the caller names none; `None` means that one must be named."""

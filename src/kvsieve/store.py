@@ -26,9 +26,9 @@ Columns = dict[str, Tensor]
 SPARE_SHARE, MIN_SPARE = 32, 8
 
 
-def _spare(need: int) -> int:
+def _spare(need: int, share: int = SPARE_SHARE) -> int:
     """Capacity beyond `need`: about three per cent, so that copies on growth are rare and bytes stay honest."""
-    return max(need // SPARE_SHARE, MIN_SPARE)
+    return max(need // share, MIN_SPARE)
 
 
 class Store:
@@ -78,9 +78,11 @@ class Store:
         """Add `[B, Hkv, N]` to the column in place."""
         raise NotImplementedError
 
-    def keep(self, mask: Tensor, uniform: bool = False) -> Store:
+    def keep(self, mask: Tensor, uniform: bool = False, room: int | None = None) -> Store:
         """Keep the tokens where `mask` `[B, Hkv, N]` is true and free the others. Returns the store to use on.
-        `uniform`: heads are meant to end up equally long, so a ragged store turns dense as soon as they are."""
+        `uniform`: heads are meant to end up equally long, so a ragged store turns dense as soon as they are.
+        `room`: dense storage shall have room for exactly this many more tokens; where it has that already, only the
+        tokens that fill the gaps move."""
         raise NotImplementedError
 
     def pack(self) -> None:
@@ -119,8 +121,9 @@ def _fresh(old: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
 class DenseStore(Store):
     """Every head holds the same number of tokens."""
 
-    def __init__(self, batch: int, heads: int) -> None:
-        self.batch, self.heads = batch, heads
+    def __init__(self, batch: int, heads: int, spare_share: int = SPARE_SHARE) -> None:
+        """`spare_share`: a buffer that has to grow grows by one in so many tokens more than it must."""
+        self.batch, self.heads, self.spare_share = batch, heads, spare_share
         self.columns = {}
         self.n = 0
         self.new = 0
@@ -152,7 +155,7 @@ class DenseStore(Store):
         if need > self.capacity:
             capacity = need
             if self.n:
-                spare = need + _spare(need)
+                spare = need + _spare(need, self.spare_share)
                 capacity = max(need, min(spare, limit)) if limit is not None else spare
             self._resize(capacity, new)
         for name in new:
@@ -184,14 +187,17 @@ class DenseStore(Store):
         self.ensure(name)
         self.columns[name][:, :, : self.n] += values
 
-    def keep(self, mask: Tensor, uniform: bool = False) -> Store:
+    def keep(self, mask: Tensor, uniform: bool = False, room: int | None = None) -> Store:
         counts = mask.sum(-1)
         kept = int(counts.max())
         if int(counts.min()) != kept:
             return RaggedStore.from_dense(self, mask)
         if kept == self.n:
             return self
-        if self.n - kept == 1 and kept:
+        if room is not None and self.capacity == kept + room:
+            self._close_gaps(mask, kept)
+            return self
+        if self.n - kept == 1 and kept and room is None:
             self.drop(mask.to(torch.uint8).argmin(-1))
             return self
         index = mask.nonzero()[:, 2].view(self.batch, self.heads, kept)
@@ -200,9 +206,22 @@ class DenseStore(Store):
             index, self.ordered = index.gather(2, order), True
         for name, buffer in self.columns.items():
             where = index if buffer.dim() == 3 else index[..., None].expand(-1, -1, -1, buffer.shape[-1])
-            self.columns[name] = buffer[:, :, : self.n].gather(2, where)
+            kept_rows = buffer[:, :, : self.n].gather(2, where)
+            if room is not None:
+                roomy = _fresh(buffer, (self.batch, self.heads, kept + room), name)
+                roomy[:, :, :kept] = kept_rows
+                kept_rows = roomy
+            self.columns[name] = kept_rows
         self.n, self.new = kept, 0
         return self
+
+    def _close_gaps(self, mask: Tensor, kept: int) -> None:
+        """Move the kept tokens behind slot `kept` into the slots before it that became free."""
+        gaps, movers = (~mask[..., :kept]).nonzero().T, mask[..., kept:].nonzero().T
+        for buffer in self.columns.values():  # both lists run head after head, as many of one as of the other
+            buffer[gaps[0], gaps[1], gaps[2]] = buffer[movers[0], movers[1], movers[2] + kept]
+        self.ordered = self.ordered and not bool(movers.numel())
+        self.n, self.new = kept, 0
 
     def pack(self) -> None:
         if self.capacity > self.n:
@@ -338,7 +357,7 @@ class RaggedStore(Store):
             self.columns[name] = buffer
         self._offsets, self._capacities, self._table = offsets, capacities, None
 
-    def keep(self, mask: Tensor, uniform: bool = False) -> Store:
+    def keep(self, mask: Tensor, uniform: bool = False, room: int | None = None) -> Store:
         counts = mask.sum(-1).reshape(-1).cpu()
         drops = self._lengths - counts
         if uniform and int(counts.min()) == int(counts.max()):

@@ -10,7 +10,7 @@ from .errors import PolicyError
 if TYPE_CHECKING:
     from .view import LayerView
 
-__all__ = ["AfterPrefill", "EveryForward", "EveryTokens", "OverLength", "Trigger", "parse_trigger"]
+__all__ = ["AfterPrefill", "Between", "EveryForward", "EveryTokens", "OverLength", "Trigger", "parse_trigger"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,17 @@ class EveryTokens(Trigger):
 
     def fires(self, view: LayerView) -> bool:
         return view.seen // self.n > (view.seen - view.new) // self.n
+
+
+@dataclass(frozen=True)
+class Between(Trigger):
+    """While the number of tokens seen lies strictly between two numbers."""
+
+    after: int
+    before: int
+
+    def fires(self, view: LayerView) -> bool:
+        return self.after < view.seen < self.before
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .ledger import KEY, KIND, POSITION, VALUE, Kind
+from .errors import UnsupportedOperationError
+from .ledger import KEY, KIND, POSITION, SEGMENT, VALUE, Kind
 
 if TYPE_CHECKING:
     from .layer import KVLayer
@@ -34,19 +35,23 @@ class Visibility:
         count: number of new queries `T`.
         padding: `[B, columns]` bool, true for real tokens; `None` when there is no padding.
         function: `f(batch, head, query column, key column) -> bool` on broadcast index tensors; `None` is causal.
+        everything: every query sees every key, the new ones included; then `function` plays no part.
     """
 
     start: int
     count: int
     padding: Tensor | None = None
     function: MaskFunction | None = None
+    everything: bool = False
 
     def mask(self, positions: Tensor, live: Tensor, start: int, end: int) -> Tensor:
         """`[B, Hkv, end - start, N]` bool for query rows `start:end` over keys at `positions` `[B, Hkv, N]`."""
         device = positions.device
         q = torch.arange(self.start + start, self.start + end, device=device)[None, None, :, None]
         kv = positions.long().clamp_min(0)[:, :, None, :]
-        if self.function is None:
+        if self.everything:
+            seen = torch.ones_like(kv, dtype=torch.bool).expand(-1, -1, end - start, -1)
+        elif self.function is None:
             seen = kv <= q
         else:
             b = torch.arange(positions.shape[0], device=device)[:, None, None, None]
@@ -71,17 +76,25 @@ class LayerView:
         seen: columns fed to the layer so far, padding and the new tokens included.
         new: how many of them are new, `T`.
         first: `[B]` column of the first real token of every row (0 without padding).
+        segment: the latest segment (frame, turn, chunk) that came in; 0 where the host names none.
         state: tensors (batch first) that a scorer keeps between forward passes of this sequence.
     """
 
     def __init__(
-        self, layer: KVLayer, queries: Tensor | None, visibility: Visibility, hidden: Tensor | None = None
+        self,
+        layer: KVLayer,
+        queries: Tensor | None,
+        visibility: Visibility,
+        hidden: Tensor | None = None,
+        collected: tuple[str, Tensor] | None = None,
     ) -> None:
         self._layer, self._store = layer, layer.store
         self._queries, self._visibility, self._hidden = queries, visibility, hidden
+        self._collected = collected
         self.layer_idx, self.rank, self.n_layers = layer.layer_idx, layer.rank, layer.n_layers
         self.seen, self.new = layer.seen, visibility.count
         self.first = layer.first
+        self.segment = layer.segment
         self.state = layer.state
 
     # ---- what is held
@@ -107,10 +120,31 @@ class LayerView:
         return self._store.read(POSITION)
 
     @cached_property
-    def valid(self) -> Tensor:
-        """`[B, Hkv, N]` bool: the slot holds a real token."""
+    def real(self) -> Tensor:
+        """`[B, Hkv, N]` bool: the slot holds a token that is not padding."""
         live = self._store.live
         return live & (self._store.read(KIND) != Kind.PAD) if self.has(KIND) else live
+
+    @cached_property
+    def protected(self) -> Tensor:
+        """`[B, Hkv, N]` bool: real tokens that the policy never lets go."""
+        return self._layer.policy.protect.mask(self)
+
+    @property
+    def expires(self) -> bool:
+        """Whether the host lets segments go by age, whatever the policy says."""
+        return self._layer.window is not None and self.has(SEGMENT)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """`[B, Hkv, N]` bool: tokens that may stay: real, and not older than the host's window of segments. The first
+        segment and what is protected do not age."""
+        window = self._layer.window
+        if window is None or not self.expires:
+            return self.real
+        segment = self.column(SEGMENT)
+        young = (segment == 0) | (segment > self.segment - window)
+        return self.real & (young | self.protected)
 
     @cached_property
     def keys(self) -> Tensor:
@@ -125,12 +159,17 @@ class LayerView:
     @property
     def exact_fit(self) -> bool:
         """Whether storage needs no spare room under this policy."""
-        return self._layer.policy.exact_fit
+        return self._layer.policy.exact_fit or self._layer.fitted
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value in one head."""
         return self._store.bytes_per_token
+
+    @property
+    def room(self) -> int:
+        """Tokens that a byte budget sets aside for the next forward pass."""
+        return self._layer.room
 
     @property
     def new_keys(self) -> Tensor:
@@ -204,7 +243,22 @@ class LayerView:
             weights: `[B|1, H|1, t]` per-query weights. Padding queries always weigh zero.
             reduce: `"sum"`, `"max"` or `"square"` over queries and over the heads of a group.
         """
+        if queries is None and weights is None and self._collected is not None and self._collected[0] == reduce:
+            return self._collected[1]  # the attention of this pass was counted as it was computed
         return self._layer.attention_mass(self, self.queries if queries is None else queries, weights, reduce)
+
+    def exposure(self) -> Tensor:
+        """`[B, Hkv, N]` float32: how many of the new, real queries could see every held token."""
+        if self._visibility.function is not None:
+            raise UnsupportedOperationError("exposure is not known under a mask that is not simply causal")
+        real = self.real_queries
+        b, device = self.positions.shape[0], self.positions.device
+        ones = torch.ones(b, self.new, device=device) if real is None else real.to(device, torch.float32)
+        if self._visibility.everything:
+            return ones.sum(1)[:, None, None].expand(self.positions.shape)
+        behind = ones.flip(1).cumsum(1).flip(1)  # queries at or after every new column
+        age = (self.positions.long() - (self.seen - self.new)).clamp_min(0)
+        return behind[:, None].expand(-1, age.shape[1], -1).gather(2, age)
 
     def remember_queries(self, count: int) -> Tensor:
         """Keep the last `count` queries in `state` and return them, `[B, H, <= count, D]`."""

@@ -14,7 +14,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 import models
 from kvsieve import SieveCache, UnsupportedOperationError, get_policy
-from kvsieve.budgets import Share
+from kvsieve.shares import Share
 
 SIZES = [11, 5, 1, 1, 1, 1]
 LENGTH = sum(SIZES)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kvsieve
-from kvsieve.budgets import Pyramid, Ratio
+from kvsieve.budgets import Ratio
+from kvsieve.shares import Pyramid
 from kvsieve.view import LayerView
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "kvpress"

@@ -55,9 +55,7 @@ class DenseHead(nn.Module):
         """
         b, s = layers[0].shape[:2]
         rows = [layer.flatten(0, 1)[:, specials:] for layer in layers]
-        parts = [
-            self._frames([row[i : i + FRAMES] for row in rows], height, width) for i in range(0, b * s, FRAMES)
-        ]
+        parts = [self._frames([row[i : i + FRAMES] for row in rows], height, width) for i in range(0, b * s, FRAMES)]
         raw = (torch.cat(parts) if len(parts) > 1 else parts[0]).permute(0, 2, 3, 1).unflatten(0, (b, s))
         value, confidence = raw[..., :-1], raw[..., -1]
         value = value.exp() if self.activation == "exp" else value.sign() * value.abs().expm1()

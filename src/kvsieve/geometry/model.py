@@ -5,6 +5,7 @@ One class serves VGGT (`mode="full"`), StreamVGGT (`"causal"`) and STream3R chec
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,7 +219,7 @@ def _find(name_or_path: str | Path, file: str, hub: dict[str, Any]) -> Path:
             raise DataError(f"{folder} has no {file}; a model folder holds {_WEIGHTS} and {_CONFIG}")
         return folder / file
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(str(name_or_path), file, **hub))
@@ -234,12 +235,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     sizes = {key: value for key, value in config.items() if key not in _NOT_SIZES}
-    import inspect
-
     known = set(inspect.signature(STream3R).parameters)
     unknown = sorted(set(sizes) - known)
     if unknown:
-        raise UnsupportedModelError(f"{path}: unknown entries {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise UnsupportedModelError(
+            f"{path}: unknown entries {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
     return sizes
 
 

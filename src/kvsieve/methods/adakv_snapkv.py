@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..budgets import AcrossHeads, Share
+from ..shares import AcrossHeads, Share
 from .snapkv import SnapKV
 
 __all__ = ["AdaSnapKV"]

@@ -19,12 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import hf
 from ..attention import attend
-from ..budgets import Bytes, Pyramid, Ratio, Threshold, Tokens, Uniform
+from ..budgets import Bytes, Ratio, Threshold, Tokens
 from ..errors import UnsupportedModelError
 from ..layer import KVLayer
 from ..policy import Policy
 from ..scorer import StaticScorer
 from ..select import check_scores
+from ..shares import Pyramid, Uniform
 from ..triggers import EveryForward
 from ..view import LayerView, Visibility
 from ._deaths import drops_per_step, threshold_deaths, top_deaths
@@ -53,6 +54,8 @@ def one_pass_reason(policy: Policy, positions: str = "original") -> str | None:
         return f"{name} chooses by rules of its own ({type(policy).__name__})"
     if type(policy.trigger) is not EveryForward:
         return f"{name} does not decide after every token ({policy.trigger})"
+    if policy.joint:
+        return f"{name} cuts all layers together ({type(policy.share).__name__})"
     if type(policy.share) not in (Uniform, Pyramid):
         return (
             f"{name} lets the heads of a layer compete ({type(policy.share).__name__}), so how many keys a head keeps "

@@ -215,6 +215,8 @@ def _checked_mode(
             'never evict; build it with get_policy(..., when="every_forward")'
         )
     parallel = _parallel_reason(model, ids.shape[1])
+    if policy.joint:
+        parallel = parallel or f"{policy.name} cuts all layers together, so they cannot be run one after the other"
     reason = parallel or one_pass_reason(policy, positions)
     if mode == "one_pass" and reason:
         raise PolicyError(f'{reason}; use mode="auto"')
