@@ -92,15 +92,15 @@ def _draw_stations(draw: np.random.Generator, room: np.ndarray) -> np.ndarray:
 
 
 def _draw_scene(draw: np.random.Generator, room: np.ndarray, stations: np.ndarray) -> _Scene:
-    """Five to eleven objects that keep away from the camera's ways, and the room."""
-    wanted = int(draw.integers(5, 12))
+    """Four to eight objects that keep away from the camera's ways, and the room."""
+    wanted = int(draw.integers(4, 9))
     kinds: list[int] = []
     centres, rotations, sizes = [], [], []
     for _ in range(wanted * 8):
         if len(kinds) == wanted:
             break
         kind = int(draw.choice(3, p=[0.5, 0.25, 0.25]))
-        size = np.exp(draw.uniform(math.log(0.2), math.log(1.0), 3))
+        size = np.exp(draw.uniform(math.log(0.3), math.log(1.0), 3))
         if kind == _CYLINDER:
             size[1] = size[0]
         standing = draw.random() < 0.4
@@ -114,7 +114,7 @@ def _draw_scene(draw: np.random.Generator, room: np.ndarray, stations: np.ndarra
             centres.append(centre)
             rotations.append(rotation)
             sizes.append(size)
-    light = draw.normal(size=3) + np.array([0, 0, 1.5])
+    light = np.array([0.45, 0.25, 0.85]) + draw.normal(0, 0.05, 3)  # from above: floors are bright, ceilings dark
     arrays = (
         np.array([*centres, np.zeros(3)]),
         np.array([*rotations, np.eye(3)]),
@@ -143,7 +143,7 @@ def _camera_path(draw: np.random.Generator, stations: np.ndarray, frames: int) -
         change = (math.atan2(target[1], target[0]) + draw.normal(0, 0.5) - yaw + math.pi) % (2 * math.pi) - math.pi
         yaw += min(max(change, -1.4), 1.4)
         places.append(stations[current])
-        angles.append((yaw, draw.uniform(-0.35, 0.3), draw.uniform(-0.1, 0.1)))
+        angles.append((yaw, draw.uniform(-0.25, 0.2), draw.uniform(-0.06, 0.06)))
         current = (current + int(draw.integers(1, len(stations)))) % len(stations)
     time = start + step * np.arange(frames)
     visit = time.astype(int)
@@ -241,7 +241,7 @@ def _shade(scene: _Scene, index: Tensor, points: Tensor, direction: Tensor, pixe
     world = torch.einsum("rij,rj->ri", rotation, normal) * torch.where(index == room, -1.0, 1.0)[:, None]
     facing = (world * direction).sum(1).abs() / direction.norm(dim=1)
     colour = scene.textures.colour(index * FACES + face, u, v, pixel / facing.clamp(min=0.2))
-    return (colour * (0.68 + 0.32 * (world @ scene.light))[:, None]).clamp(0, 1)
+    return (colour * (0.64 + 0.36 * (world @ scene.light))[:, None]).clamp(0, 1)
 
 
 @torch.no_grad()

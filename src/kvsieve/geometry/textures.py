@@ -50,7 +50,8 @@ class Textures:
         self.kind = torch.from_numpy(draw.choice(5, count, p=[0.2, 0.15, 0.3, 0.15, 0.2]))
         angle = draw.uniform(0, 2 * math.pi, count) * (draw.random(count) < 0.5)
         frequency = np.exp(draw.uniform(math.log(0.9), math.log(5.0), count))
-        palette = draw.uniform(0.05, 0.95, (count, 3, 3))
+        palette = draw.uniform(0.3, 0.9, (count, 1, 3)) + draw.normal(0, 0.2, (count, 3, 3))
+        palette = np.clip(palette, 0.1, 1)
         rows = np.stack(
             [
                 frequency * np.cos(angle),
