@@ -1,0 +1,54 @@
+"""Losses: depth and points weighted by the confidence the model gives itself, and the poses of all rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import huber_loss
+
+from data import Batch
+from settings import Recipe
+
+ROUND_DISCOUNT = 0.6  # an earlier round of the camera head counts this much less than the next one
+SMOOTH = 0.1  # errors in poses below this are squared
+
+
+def confident(error: Tensor, confidence: Tensor, price: float) -> Tensor:
+    """Mean of `confidence * error - price * log(confidence)`: best where the confidence is `price / error`."""
+    return (confidence * error - price * confidence.log()).mean()
+
+
+def edge_error(error: Tensor) -> Tensor:
+    """Mean absolute difference of signed errors [..., H, W] between neighbours, at three distances."""
+    parts = []
+    for distance in (1, 2, 4):
+        parts.append((error[..., distance:, :] - error[..., :-distance, :]).abs().mean())
+        parts.append((error[..., distance:] - error[..., :-distance]).abs().mean())
+    return torch.stack(parts).mean()
+
+
+def pose_error(pose: Tensor, truth: Tensor) -> Tensor:
+    """Of encodings [..., 9]; a quaternion and its negative are the same rotation."""
+    sign = torch.where((pose[..., 3:7] * truth[..., 3:7]).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    wanted = torch.cat([truth[..., :3], truth[..., 3:7] * sign, truth[..., 7:]], -1)
+    return huber_loss(pose, wanted, reduction="none", delta=SMOOTH).div(SMOOTH).sum(-1).mean()
+
+
+def losses(out: dict[str, Any], batch: Batch, point_frames: Tensor, recipe: Recipe) -> dict[str, Tensor]:
+    """The weighted sum as `total`, and its parts."""
+    signed = out["depth"].log() - batch["depth"].log()
+    distance = (out["points"] - batch["points"][:, point_frames]).norm(dim=-1)
+    near = batch["depth"][:, point_frames].clamp(min=0.3)
+    weights = [ROUND_DISCOUNT ** (len(out["poses"]) - 1 - i) for i in range(len(out["poses"]))]
+    rounds = [w * pose_error(pose, batch["pose"]) for w, pose in zip(weights, out["poses"], strict=True)]
+    parts = {
+        "depth": confident(signed.abs(), out["depth_conf"], recipe.confidence),
+        "points": confident(distance / near, out["points_conf"], recipe.confidence),
+        "edges": edge_error(signed),
+        "pose": torch.stack(rounds).sum() / sum(weights),
+    }
+    total = parts["depth"] + recipe.points * parts["points"] + recipe.edges * parts["edges"]
+    parts["log_depth_error"] = signed.abs().mean()
+    return parts | {"total": total + recipe.pose * parts["pose"]}

@@ -1,0 +1,116 @@
+"""The training loop: one update per step, a log, checkpoints, and going on where an earlier call stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "mini_lm"))
+
+from kvsieve.geometry.model import STream3R
+from muon import Muon
+
+from data import Batch, batches
+from losses import losses
+from network import predict
+from settings import Recipe
+
+LARGEST_POSE = 9  # matrices with a side as short as a pose, or shorter, are left to AdamW
+LIMIT = 1.0  # on the norm of the gradient of what AdamW steps
+
+
+class Trainer:
+    """Holds the model, its optimizers and the number of steps done."""
+
+    def __init__(self, model: STream3R, recipe: Recipe, folder: Path, seed: int) -> None:
+        self.model, self.recipe, self.folder, self.seed, self.step = model.train(), recipe, folder, seed, 0
+        named = [(n, p) for n, p in model.named_parameters() if n != "aggregator.patch_embed.mask_token"]
+        self.wide = [p for _, p in named if p.dim() >= 2 and min(p.shape[0], p[0].numel()) > LARGEST_POSE]
+        chosen = {id(p) for p in self.wide}
+        self.others = [p for _, p in named if id(p) not in chosen]
+        # Muon sees the kernels of convolutions as matrices, over the same memory
+        self.muon = Muon([p.detach().flatten(1) for p in self.wide])
+        self.adam = torch.optim.AdamW(self.others, lr=recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def save(self, name: str = "latest") -> None:
+        """Written beside and moved into place, so that a stop in between loses nothing."""
+        saved = {"model": self.model.state_dict(), "config": self.model.config, "step": self.step}
+        saved |= {"muon": self.muon.state(), "adam": self.adam.state_dict()}
+        torch.save(saved, self.folder / f"{name}.part")
+        (self.folder / f"{name}.part").replace(self.folder / f"{name}.pt")
+
+    def resume(self, path: Path) -> None:
+        saved = torch.load(path, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.muon.restore(saved["muon"])
+        self.adam.load_state_dict(saved["adam"])
+        self.step = saved["step"]
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """One update; returns the losses before it."""
+        frames = batch["images"].shape[1]
+        draw = np.random.default_rng((self.seed, self.step, 1))
+        point_frames = torch.from_numpy(np.sort(draw.choice(frames, (frames + 1) // 2, replace=False)))
+        parts = losses(predict(self.model, batch["images"], point_frames), batch, point_frames, self.recipe)
+        parts["total"].backward()
+        torch.nn.utils.clip_grad_norm_(self.others, LIMIT)
+        rate = self.recipe.rate_at(self.step)
+        for group in self.adam.param_groups:
+            group["lr"] = self.recipe.other_rate * rate
+        self.adam.step()
+        for matrix, weight in zip(self.muon.matrices, self.wide, strict=True):
+            matrix.grad = weight.grad.flatten(1)
+        self.muon.step(self.recipe.matrix_rate * rate)
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        return {name: value.item() for name, value in parts.items()}
+
+    def run(
+        self,
+        measure: Callable[[STream3R], dict[str, Any]],
+        stop: int | None = None,
+        workers: int = 0,
+        every: int = 20,
+        save_seconds: float = 180,
+        measure_seconds: float = 600,
+    ) -> None:
+        """Train to the end of the recipe or to step `stop`; a line in the log every `every` steps."""
+        seen: dict[str, list[float]] = defaultdict(list)
+        begun = saved = measured = time.monotonic()
+        first, end = self.step, min(self.recipe.steps, stop or self.recipe.steps)
+        side = self.model.config["img_size"]
+        for batch in batches(self.recipe, self.seed, side, self.step, workers):
+            if self.step >= end:
+                break
+            for name, value in self.train_step(batch).items():
+                seen[name].append(value)
+            now = time.monotonic()
+            if self.step % every == 0 or self.step == end:
+                pace = (now - begun) / (self.step - first)
+                line: dict[str, Any] = {"step": self.step, "seconds_per_step": round(pace, 3)}
+                line["minutes_left"] = round((self.recipe.steps - self.step) * pace / 60, 1)
+                line |= {name: round(float(np.mean(values)), 4) for name, values in seen.items()}
+                seen.clear()
+                self.write(line)
+            if now - saved > save_seconds:
+                self.save()
+                saved = now
+            if now - measured > measure_seconds:
+                self.write({"step": self.step, "held_out": measure(self.model)})
+                measured = time.monotonic()
+        self.save()
+        self.write({"step": self.step, "held_out": measure(self.model)})
+
+    def write(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line)
+        print(text, flush=True)
+        with (self.folder / "log.jsonl").open("a") as handle:
+            handle.write(text + "\n")
