@@ -122,9 +122,19 @@ def attend_and_count(
     group = q.shape[1] // hkv
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     out = q.new_empty(b, hkv, group, q.shape[2], v.shape[-1])
-    for s, e, _, p in _blocks(q, k, scale, None, None, softcap, sinks, None):
-        out[:, :, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (group, e - s))
-        _count(mass, p, reduce)
+    # one head at a time where a block of all heads would be too few rows for a fast matrix product
+    apart = q.device.type == "cpu" and b * hkv > 1 and b * q.shape[1] * n * 4 * 128 > BLOCK_BYTES
+    parts = (
+        [(slice(i, i + 1), slice(j, j + 1)) for i in range(b) for j in range(hkv)]
+        if apart
+        else [(slice(b), slice(hkv))]
+    )
+    for rows, heads in parts:
+        own = sinks if sinks is None else sinks.unflatten(0, (hkv, group))[heads].flatten()
+        qs = q.unflatten(1, (hkv, group))[rows, heads].flatten(1, 2)
+        for s, e, _, p in _blocks(qs, k[rows, heads], scale, None, None, softcap, own, None):
+            out[rows, heads, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v[rows, heads]).unflatten(2, (group, e - s))
+            _count(mass[rows, heads], p, reduce)
     return out.flatten(1, 2), mass
 
 

@@ -123,6 +123,11 @@ class KVLayer:
 
     # ---- the three calls of a host
 
+    def new_store(self, b: int, h: int) -> DenseStore:
+        """Empty storage for `b` rows of `h` heads."""
+        # a stream of equal passes may grow in larger steps: what an eviction leaves is fitted to the byte
+        return DenseStore(b, h) if self._room is None else DenseStore(b, h, spare_share=4)
+
     def append(
         self, keys: Tensor, values: Tensor, kind: Tensor | None = None, segment: int | Tensor | None = None
     ) -> None:
@@ -136,8 +141,7 @@ class KVLayer:
         """
         b, h, t = keys.shape[:3]
         if not self.seen:
-            # a stream of equal passes may grow in larger steps: what an eviction leaves is fitted to the byte
-            self.store = DenseStore(b, h) if self._room is None else DenseStore(b, h, spare_share=4)
+            self.store = self.new_store(b, h)
             self.real_seen = torch.zeros(b, dtype=torch.long)
             self.first = torch.zeros(b, dtype=torch.long, device=keys.device)
         self.commit() if self.group is None else self.group.commit()
@@ -222,7 +226,9 @@ class KVLayer:
         handled, victims = self.policy.one_out(view)
         if victims is not None and isinstance(self.store, DenseStore):
             self.store.drop(victims)
-        keep = None if handled else self.policy.keep(view, counts)
+        keep = None
+        if not handled:
+            keep = self.policy.keep(view) if counts is None else self.policy.keep(view, counts)
         if keep is not None:
             self.store = self.store.keep(keep, uniform=self.policy.uniform, room=self._room)
             self.has_pads = False

@@ -206,7 +206,7 @@ def water_fill(total: int, weights: Sequence[float], floors: Sequence[int], ceil
         return [min(max(level * w, low), high) for w, low, high in bounds]
 
     low, high = 0.0, max((c / w for w, _, c in bounds), default=0.0)
-    for _ in range(200):
+    for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(filled(middle)) < total else (low, middle)
     real = filled(high)

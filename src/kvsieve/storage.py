@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from .cache import SieveCache
     from .layer import KVLayer
 
-__all__ = ["load_cache", "save_cache"]
+__all__ = ["load_cache", "pack_layer", "read_file", "save_cache", "unpack_layer", "write_file"]
 
-_FORMAT = "kvsieve-cache-1"
-_PLAIN = ("seen", "evictions", "evicted_at", "has_pads", "padded")
+_FORMAT = "kvsieve-cache-2"
+_PLAIN = ("seen", "segment", "evictions", "evicted_at", "has_pads", "padded")
 
 
 def save_cache(cache: SieveCache, path: str) -> None:
@@ -43,16 +43,15 @@ def save_cache(cache: SieveCache, path: str) -> None:
     layers: list[dict[str, Any]] = []
     for layer in cache.managed:
         layer.core.commit()
-        layers.append(_pack(layer.core, tensors))
+        layers.append(pack_layer(layer.core, tensors, f"{layer.core.layer_idx}."))
     policy = cache.policy
     header = {
-        "format": _FORMAT,
         "positions": cache.positions,
         "method": policy.name,
         "policy": policy.to_dict() if policy.scorer.serializable else None,
         "layers": layers,
     }
-    save_file(tensors, path, {"kvsieve": json.dumps(header)})
+    write_file(path, _FORMAT, header, tensors)
 
 
 def load_cache(cls: type[SieveCache], path: str, model: PreTrainedModel, policy: Policy | None) -> SieveCache:
@@ -61,16 +60,7 @@ def load_cache(cls: type[SieveCache], path: str, model: PreTrainedModel, policy:
     Raises:
         DataError: the file is missing, is not a kvsieve cache, or belongs to a model of another shape.
     """
-    if not Path(path).is_file():
-        raise DataError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("kvsieve", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not header or header.get("format") != _FORMAT:
-        raise DataError(f"{path} is not a cache written by this version of kvsieve ({_FORMAT})")
+    header, tensors = read_file(path, _FORMAT)
     if policy is None:
         if header["policy"] is None:
             raise DataError(f"the policy of {path} ({header['method']}) held live objects; pass policy= to load it")
@@ -80,19 +70,42 @@ def load_cache(cls: type[SieveCache], path: str, model: PreTrainedModel, policy:
     if [layer.core.layer_idx for layer in layers] != [entry["layer_idx"] for entry in header["layers"]]:
         raise DataError(f"{path} was written for a model with other layers")
     for layer, entry in zip(layers, header["layers"], strict=True):
-        _unpack(layer.core, entry, tensors, model.device)
+        unpack_layer(layer.core, entry, tensors, f"{layer.core.layer_idx}.", model.device)
         if layer.core.seen:
             keys = layer.core.store.columns["key"]
             layer.lazy_initialization(keys)
     return cache
 
 
-def _pack(core: KVLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Add the layer's tensors under its index; return its header entry."""
+def write_file(path: str | Path, format_: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write tensors, with everything else as JSON in the file's header."""
+    save_file(tensors, path, {"kvsieve": json.dumps({"format": format_, **header})})
+
+
+def read_file(path: str | Path, format_: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file written by `write_file`.
+
+    Raises:
+        DataError: the file is missing, cannot be read, or has another format.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("kvsieve", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not header or header.get("format") != format_:
+        raise DataError(f"{path} is not a file of this version of kvsieve ({format_})")
+    return header, tensors
+
+
+def pack_layer(core: KVLayer, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Add the layer's tensors under names that begin with `prefix`; return its header entry. Spare room is given up."""
     entry: dict[str, Any] = {name: getattr(core, name) for name in _PLAIN}
     entry |= {"layer_idx": core.layer_idx, "dense": isinstance(core.store, DenseStore)}
     entry |= {"batch": core.store.batch, "heads": core.store.heads}
-    prefix = f"{core.layer_idx}."
     if not core.seen:
         return entry
     core.store.pack()
@@ -106,12 +119,14 @@ def _pack(core: KVLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return entry
 
 
-def _unpack(core: KVLayer, entry: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+def unpack_layer(
+    core: KVLayer, entry: dict[str, Any], tensors: dict[str, Tensor], prefix: str, device: torch.device
+) -> None:
+    """Put back what `pack_layer` has stored."""
     for name in _PLAIN:
         setattr(core, name, entry[name])
     if not core.seen:
         return
-    prefix = f"{core.layer_idx}."
 
     def part(kind: str) -> dict[str, Tensor]:
         head = f"{prefix}{kind}."
@@ -119,7 +134,7 @@ def _unpack(core: KVLayer, entry: dict[str, Any], tensors: dict[str, Tensor], de
 
     columns = part("column")
     if entry["dense"]:
-        store = DenseStore(entry["batch"], entry["heads"])
+        store = core.new_store(entry["batch"], entry["heads"])
         store.columns, store.n, store.ordered = columns, columns["key"].shape[2], entry["ordered"]
         core.store = store
     else:

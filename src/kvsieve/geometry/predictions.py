@@ -52,6 +52,11 @@ class Predictions:
                     self.keep(first + i, one)
         return self.held()
 
+    def restore(self, held: dict[str, Tensor]) -> None:
+        """Begin with these."""
+        if isinstance(self.keep, str):
+            self._buffers, self._count = held, next(iter(held.values())).shape[1] if held else 0
+
     def held(self) -> dict[str, Tensor]:
         """`[B, frames, ...]` of what is kept: views, which later frames leave as they are."""
         return {name: buffer[:, : self._count] for name, buffer in self._buffers.items()}

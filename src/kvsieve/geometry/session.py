@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .memory import Memory
 from .model import STream3R
 from .plan import StreamPlan
 from .predictions import Predictions, Sink
+from .storage import load_plan, restore, save_session
 
 __all__ = ["StreamSession"]
 
@@ -80,11 +82,11 @@ class StreamSession:
             mode, num_frames, use_kv_compression, eviction_ratio, importance_aggregation, use_layerwise_eviction,
             budget_ratio, temp, fidelity, policy, camera_policy, special_frames,
         )  # fmt: skip
-        self._kept = Predictions(predictions)
+        self.kept = Predictions(predictions)
         weight = next(model.aggregator.global_blocks.parameters())
         depth, width = model.config["depth"], model.config["embed_dim"]
         self.memory = Memory(self.plan, depth, model.config["camera_depth"], 2 * depth * width * weight.element_size())
-        self._size: tuple[int, int] | None = None
+        self.image_size: tuple[int, int] | None = None
 
     # ---- the stream
 
@@ -107,30 +109,30 @@ class StreamSession:
         check_images(images, self.model.patch_size)
         images = images[None] if images.dim() == 4 else images
         size = (images.shape[-2], images.shape[-1])
-        if self._size is not None and size != self._size:
+        if self.image_size not in (None, size):
             raise DataError(
-                f"the stream has frames of {self._size[0]}x{self._size[1]} pixels, these have {size[0]}x{size[1]}: "
-                "images must keep their size within a stream; clear() the session or open another one"
+                f"the stream has frames of {self.image_size} pixels (height, width), these have {size}: images must "
+                "keep their size within a stream; clear() the session or open another one"
             )
         weight = next(self.model.parameters())
         first = self.memory.frames
         out = self.model(images.to(weight.device, weight.dtype), memory=self.memory)
         out.pop("pose_enc_list", None)
-        self._size = size
-        return self._kept.add(first, out)
+        self.image_size = size
+        return self.kept.add(first, out)
 
     def clear(self) -> None:
         """Forget the stream and its predictions; the settings stay."""
         self.memory.reset()
-        self._kept.clear()
-        self._size = None
+        self.kept.clear()
+        self.image_size = None
 
     # ---- predictions
 
     @property
     def predictions(self) -> dict[str, Tensor]:
         """What is kept of the predictions, `[B, frames, ...]`; empty before the first frame."""
-        return self._kept.held()
+        return self.kept.held()
 
     def get_all_predictions(self) -> dict[str, Tensor]:
         """Predictions of all frames, `[B, frames, ...]`.
@@ -138,16 +140,16 @@ class StreamSession:
         Raises:
             UnsupportedOperationError: they were not all kept.
         """
-        if self._kept.keep != "all" and self.memory.frames:
+        if self.kept.keep != "all" and self.memory.frames:
             raise UnsupportedOperationError(
-                f"predictions={self._kept.keep!r} does not keep all predictions; open the session with "
+                f"predictions={self.kept.keep!r} does not keep all predictions; open the session with "
                 'predictions="all", or collect what forward_stream returns'
             )
-        return self._kept.held()
+        return self.kept.held()
 
     def get_last_prediction(self) -> dict[str, Tensor]:
         """Predictions of the last frame, `[B, 1, ...]`."""
-        return {name: value[:, -1:] for name, value in self._kept.held().items()}
+        return {name: value[:, -1:] for name, value in self.kept.held().items()}
 
     # ---- what is held
 
@@ -225,8 +227,31 @@ class StreamSession:
             "special_frames": policy.protect.kinds_recent if policy is not None else None,
             **measure(self.memory.trunk),
             "camera": measure(self.memory.camera),
-            "bytes_predictions": self._kept.bytes,
+            "bytes_predictions": self.kept.bytes,
         }
+
+    # ---- storage
+
+    def save(self, path: str | Path) -> None:
+        """Write the running stream to one safetensors file, to go on later with `load`. Spare room is given up."""
+        save_session(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: STream3R, *, predictions: str | Path | Sink = "all") -> StreamSession:
+        """Read a stream written by `save`, for a model of the same sizes.
+
+        Args:
+            path: the file.
+            model: the same model.
+            predictions: as for a new session. The stored predictions come back where all or the last are kept.
+
+        Raises:
+            DataError: the file is missing, is no stored stream, or belongs to a model of other sizes.
+        """
+        plan, header, tensors = load_plan(path, model.config)
+        session = cls(model, predictions=predictions, **{f.name: getattr(plan, f.name) for f in fields(plan)})
+        restore(session, header, tensors)
+        return session
 
 
 def _contents(layer: KVLayer) -> list[Tensor | None]:
