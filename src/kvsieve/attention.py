@@ -103,6 +103,7 @@ def attend(
     return out.flatten(1, 2)
 
 
+@torch.no_grad()
 def attend_and_count(
     q: Tensor,
     k: Tensor,
@@ -122,20 +123,34 @@ def attend_and_count(
     group = q.shape[1] // hkv
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     out = q.new_empty(b, hkv, group, q.shape[2], v.shape[-1])
-    # one head at a time where a block of all heads would be too few rows for a fast matrix product
-    apart = q.device.type == "cpu" and b * hkv > 1 and b * q.shape[1] * n * 4 * 128 > BLOCK_BYTES
-    parts = (
-        [(slice(i, i + 1), slice(j, j + 1)) for i in range(b) for j in range(hkv)]
-        if apart
-        else [(slice(b), slice(hkv))]
-    )
-    for rows, heads in parts:
-        own = sinks if sinks is None else sinks.unflatten(0, (hkv, group))[heads].flatten()
-        qs = q.unflatten(1, (hkv, group))[rows, heads].flatten(1, 2)
-        for s, e, _, p in _blocks(qs, k[rows, heads], scale, None, None, softcap, own, None):
-            out[rows, heads, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v[rows, heads]).unflatten(2, (group, e - s))
-            _count(mass[rows, heads], p, reduce)
+    if q.device.type == "cpu" and softcap is None and sinks is None and b * q.shape[1] * n * 4 * 128 > BLOCK_BYTES:
+        for i in range(b):
+            for j in range(q.shape[1]):
+                out[i, j // group, j % group] = _head_and_count(
+                    q[i, j], k[i, j // group], v[i, j // group], mass[i, j // group], reduce, scale
+                )
+        return out.flatten(1, 2), mass
+    for s, e, _, p in _blocks(q, k, scale, None, None, softcap, sinks, None):
+        out[:, :, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (group, e - s))
+        _count(mass, p, reduce)
     return out.flatten(1, 2), mass
+
+
+def _head_and_count(q: Tensor, k: Tensor, v: Tensor, mass: Tensor, reduce: str, scale: float | None) -> Tensor:
+    """One head, `[T, D]` over `[N, D]`, with buffers that are made once: for a processor, fresh memory for every block
+    costs as much as the products."""
+    t, n = q.shape[0], k.shape[0]
+    rows = max(16, min(256, t, BLOCK_BYTES // (4 * n)))
+    q, kt = q * (q.shape[-1] ** -0.5 if scale is None else scale), k.T
+    logits, p, out = q.new_empty(rows, n), mass.new_empty(rows, n), q.new_empty(t, v.shape[1])
+    for s in range(0, t, rows):
+        e = min(s + rows, t)
+        block, share = logits[: e - s], p[: e - s]
+        torch.mm(q[s:e], kt, out=block)
+        torch.softmax(block, -1, dtype=p.dtype, out=share)
+        out[s:e] = share.to(v.dtype) @ v
+        _count(mass[None, None], share[None, None, None], reduce)
+    return out
 
 
 def _blocks(
