@@ -96,6 +96,8 @@ def test_depth_has_one_scale_of_colours_that_of_the_truth():
     first, last = ("#" + bytes(colour.tolist()).hex() for colour in colourise(torch.tensor([1.0, 2.0]), (1.0, 2.0)))
     assert has_colour(png, first)
     assert has_colour(png, last)
+    assert depth_strip(images, {"run": far, "truth": truth}, frames=[0, 1], numbers=[0, 1]) == png
+    assert depth_strip(images, {"run": far, "truth": truth}, frames=[0, 1], numbers=[0, 70]) != png
 
 
 def test_quality_shows_methods_and_the_full_cache():
@@ -125,6 +127,7 @@ def test_quality_shows_methods_and_the_full_cache():
         (lambda: depth_strip(torch.zeros(2, 3, 4, 4), {"a": torch.ones(1, 4, 4)}), "with 2 frames"),
         (lambda: depth_strip(torch.zeros(2, 3, 4, 4), {"a": torch.ones(2, 4, 4)}, frames=[2]), "0 to 1"),
         (lambda: depth_strip(torch.zeros(2, 3, 4, 4), {"a": torch.zeros(2, 4, 4)}), "no depth is valid"),
+        (lambda: depth_strip(torch.zeros(2, 3, 4, 4), {"a": torch.ones(2, 4, 4)}, None, [5]), "1 numbers"),
     ],
 )
 def test_nothing_to_draw_is_said(draw, message):

@@ -16,7 +16,16 @@ from torch import Tensor
 from ..errors import DataError, PolicyError
 from .images import pillow
 
-__all__ = ["SCALE_KEY", "colourise", "point_cloud", "write_depth_png", "write_glb", "write_ply", "write_raw_depth_png"]
+__all__ = [
+    "SCALE_KEY",
+    "colourise",
+    "depth_limits",
+    "point_cloud",
+    "write_depth_png",
+    "write_glb",
+    "write_ply",
+    "write_raw_depth_png",
+]
 
 SCALE_KEY = "depth_scale"
 """Text field of a raw depth PNG: integer value = depth * scale."""

@@ -91,7 +91,12 @@ def trajectory(runs: Mapping[str, Tensor], truth: Tensor | None = None) -> bytes
     return _png(figure)
 
 
-def depth_strip(images: Tensor, depths: Mapping[str, Tensor], frames: Sequence[int] | None = None) -> bytes:
+def depth_strip(
+    images: Tensor,
+    depths: Mapping[str, Tensor],
+    frames: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
+) -> bytes:
     """Rows of frames: the input, then each depth under its name, all in one scale of colours (dark is near).
 
     The limits of the colours are those of `truth` if there is a depth of that name, which then comes first, else those
@@ -101,9 +106,10 @@ def depth_strip(images: Tensor, depths: Mapping[str, Tensor], frames: Sequence[i
         images: `[S, 3, H, W]` in [0, 1].
         depths: depth `[S, H, W]` by name; H and W may differ from those of the images.
         frames: which to show, counted from 0 (negative from the end); None spreads six over the sequence.
+        numbers: where the S frames stand in a longer stream, counted from 0, for the titles; None is 0 to S - 1.
 
     Raises:
-        DataError: no depth, other shapes, no valid pixel, or frames that do not exist.
+        DataError: no depth, other shapes, no valid pixel, frames that do not exist, or another number of numbers.
     """
     _some(depths, "depth")
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
@@ -116,6 +122,8 @@ def depth_strip(images: Tensor, depths: Mapping[str, Tensor], frames: Sequence[i
     if not shown or not all(-count <= frame < count for frame in shown):
         raise DataError(f"frames={shown} must name at least one of the {count} frames, 0 to {count - 1}")
     shown = [frame % count for frame in shown]
+    if numbers is not None and len(numbers) != count:
+        raise DataError(f"{len(numbers)} numbers were given for {count} frames; give one per frame, or none")
     names = sorted(depths, key=lambda name: name != "truth")
     limits = depth_limits(depths[names[0]][shown])
     pictures = [("input", (images[shown].detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1)).numpy())]
@@ -132,7 +140,7 @@ def depth_strip(images: Tensor, depths: Mapping[str, Tensor], frames: Sequence[i
             axes.set_xticks([])
             axes.set_yticks([])
     for axes, frame in zip(grid[0], shown, strict=True):
-        axes.set_title(f"frame {frame + 1}", fontsize=9)
+        axes.set_title(f"frame {(frame if numbers is None else numbers[frame]) + 1}", fontsize=9)
     figure.supxlabel(f"depth {limits[0]:.3g} (dark) to {limits[1]:.3g} (light)", fontsize=9)
     return _png(figure)
 
