@@ -36,17 +36,19 @@ class Recipe:
     """One training run. Shares are of all steps."""
 
     steps: int
-    frames: int = 24  # per step, spread over as many sequences as fit, two at least
+    frames: int = 16  # per step, spread over as many sequences as fit, two at least
     lengths: tuple[tuple[float, tuple[int, ...]], ...] = (  # until this share of the run: lengths to draw from
-        (0.25, (2, 3, 4)),
+        (0.15, (1, 2, 2, 3)),
+        (0.30, (2, 3, 4)),
         (0.60, (3, 4, 6, 8)),
         (0.85, (4, 6, 8, 12)),
         (1.00, (8, 12, 16)),
     )
     warm_up: int = 40  # steps
     decay: float = 0.4  # share of the run, at its end, over which the rates fall to zero
-    matrix_rate: float = 0.02  # Muon
-    other_rate: float = 2e-3  # AdamW
+    matrix_rate: float = 0.02  # Muon, for the matrices of encoder and trunk
+    vector_rate: float = 2e-3  # AdamW, for what is no matrix in the trunk: gains, biases, tokens, positions
+    head_rate: float = 1e-3  # AdamW, for the heads
     confidence: float = 0.2  # what a small confidence costs; see losses.py
     points: float = 0.5  # weights of the losses beside the one on depth
     pose: float = 1.0

@@ -23,7 +23,7 @@ from losses import losses
 from network import predict
 from settings import Recipe
 
-LARGEST_POSE = 9  # matrices with a side as short as a pose, or shorter, are left to AdamW
+NARROW = 8  # what has fewer rows is a list of tokens, not a matrix
 LIMIT = 1.0  # on the norm of the gradient of what AdamW steps
 
 
@@ -33,12 +33,16 @@ class Trainer:
     def __init__(self, model: STream3R, recipe: Recipe, folder: Path, seed: int) -> None:
         self.model, self.recipe, self.folder, self.seed, self.step = model.train(), recipe, folder, seed, 0
         named = [(n, p) for n, p in model.named_parameters() if n != "aggregator.patch_embed.mask_token"]
-        self.wide = [p for _, p in named if p.dim() >= 2 and min(p.shape[0], p[0].numel()) > LARGEST_POSE]
+        heads = [p for n, p in named if not n.startswith("aggregator.")]
+        trunk = [p for n, p in named if n.startswith("aggregator.")]
+        self.wide = [p for p in trunk if p.dim() >= 2 and p.shape[0] >= NARROW]
         chosen = {id(p) for p in self.wide}
-        self.others = [p for _, p in named if id(p) not in chosen]
-        # Muon sees the kernels of convolutions as matrices, over the same memory
+        vectors = [p for p in trunk if id(p) not in chosen]
+        # Muon sees the kernel that reads the patches as a matrix, over the same memory
         self.muon = Muon([p.detach().flatten(1) for p in self.wide])
-        self.adam = torch.optim.AdamW(self.others, lr=recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        groups = [{"params": vectors, "peak": recipe.vector_rate}, {"params": heads, "peak": recipe.head_rate}]
+        self.adam = torch.optim.AdamW(groups, lr=recipe.head_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.others = [*vectors, *heads]
 
     def save(self, name: str = "latest") -> None:
         """Written beside and moved into place, so that a stop in between loses nothing."""
@@ -61,10 +65,12 @@ class Trainer:
         point_frames = torch.from_numpy(np.sort(draw.choice(frames, (frames + 1) // 2, replace=False)))
         parts = losses(predict(self.model, batch["images"], point_frames), batch, point_frames, self.recipe)
         parts["total"].backward()
-        torch.nn.utils.clip_grad_norm_(self.others, LIMIT)
+        norm = torch.nn.utils.clip_grad_norm_(self.others, LIMIT)
+        if not torch.isfinite(norm + parts["total"]):
+            raise FloatingPointError(f"step {self.step}: the loss or its gradient is not finite")
         rate = self.recipe.rate_at(self.step)
         for group in self.adam.param_groups:
-            group["lr"] = self.recipe.other_rate * rate
+            group["lr"] = group["peak"] * rate
         self.adam.step()
         for matrix, weight in zip(self.muon.matrices, self.wide, strict=True):
             matrix.grad = weight.grad.flatten(1)

@@ -6,7 +6,8 @@ the same sequence. Seeds 0 to 9,999,999 are for training, seeds from 10,000,000 
 Lengths are in units of the mean distance of the first frame's points from the first camera. Objects of all sizes
 float at random heights and textures have random scales, so a later frame alone does not tell how large things are:
 the scale has to be remembered from the first frame, or from frames in between that share something with both.
-The camera travels between a few stations again and again, so places out of sight for a while are seen again.
+The room is long, so views along it and across it differ in depth. The camera travels between a few stations again
+and again, so places out of sight for a while are seen again.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _draw_stations(draw: np.random.Generator, room: np.ndarray) -> np.ndarray:
     count, apart = int(draw.integers(3, 5)), 0.5 * float(room[:2].min())
     stations: list[np.ndarray] = []
     while len(stations) < count:
-        place = draw.uniform(-1, 1, 3) * room * (0.75, 0.75, 0.4)
+        place = draw.uniform(-1, 1, 3) * room * (0.8, 0.85, 0.5)
         if all(np.linalg.norm(place - other) > apart for other in stations):
             stations.append(place)
         apart *= 0.98  # so that there is always room for the last one
@@ -126,7 +127,9 @@ def _draw_scene(draw: np.random.Generator, room: np.ndarray, stations: np.ndarra
     return _Scene(torch.tensor([*kinds, _BOX]), centre_t, rotation_t, size_t, textures, light_t)
 
 
-def _camera_path(draw: np.random.Generator, stations: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
+def _camera_path(
+    draw: np.random.Generator, room: np.ndarray, stations: np.ndarray, frames: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions [S, 3] and camera-to-world rotations [S, 3, 3] (columns: right, down, forward).
 
     The camera rests at a station, goes straight to the next one while it turns, and so on. The first frames do not
@@ -139,7 +142,7 @@ def _camera_path(draw: np.random.Generator, stations: np.ndarray, frames: int) -
     places, angles = [], []
     yaw = math.atan2(*(-stations[current][1::-1] + draw.normal(0, 0.8, 2)))
     for _ in range(visits):
-        target = draw.uniform(-0.8, 0.8, 2) - stations[current][:2]
+        target = draw.uniform(-0.9, 0.9, 2) * room[:2] - stations[current][:2]
         change = (math.atan2(target[1], target[0]) + draw.normal(0, 0.5) - yaw + math.pi) % (2 * math.pi) - math.pi
         yaw += min(max(change, -1.4), 1.4)
         places.append(stations[current])
@@ -260,11 +263,11 @@ def render_sequence(seed: int, frames: int, size: tuple[int, int] = (64, 64)) ->
     if frames < 1 or height < 1 or width < 1:
         raise ValueError(f"nothing to render: {frames} frames of {height}x{width} pixels")
     draw = np.random.default_rng(seed)
-    room = np.array([*draw.uniform(1.6, 4.6, 2), draw.uniform(1.1, 2.4)])
+    room = np.array([draw.uniform(1.5, 3), draw.uniform(3, 6.5), draw.uniform(1.1, 2.4)])
     stations = _draw_stations(draw, room)
     scene = _draw_scene(draw, room, stations)
     focal = max(size) / 2 / math.tan(math.radians(draw.uniform(52, 82)) / 2)
-    positions, rotations = _camera_path(draw, stations, frames)
+    positions, rotations = _camera_path(draw, room, stations, frames)
 
     column = (torch.arange(width) + 0.5 - width / 2) / focal
     row = (torch.arange(height) + 0.5 - height / 2) / focal
