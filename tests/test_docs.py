@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kvsieve
+from kvsieve.geometry import STream3R
 from kvsieve.scorer import SCORERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,16 +16,27 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
+@pytest.fixture(scope="session")
+def stands_in(tmp_path_factory):
+    """Folders that stand for models on a hub, so that the blocks run without a network. The published patch size
+    matters to the geometry page; the bundled model has another."""
+    folder = tmp_path_factory.mktemp("stream3r")
+    STream3R(
+        embed_dim=16, num_heads=2, depth=2, encoder_depth=1, camera_depth=1, camera_num_heads=2, dpt_features=8,
+        dpt_out_channels=[8, 8, 8, 8], dpt_layers=[0, 0, 1, 1],
+    ).save_pretrained(folder)  # fmt: skip
+    return {"Qwen": kvsieve.zoo.path("mini-lm"), "STream3R": folder}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_blocks_run(page, tmp_path, monkeypatch):
+def test_blocks_run(page, tmp_path, monkeypatch, stands_in):
     monkeypatch.chdir(tmp_path)
     kvsieve.list_methods()
     known = dict(SCORERS)
     names = {"__name__": "__main__"}
     try:
         for block in BLOCK.findall(page.read_text()):
-            # Names of models on a hub stand for the bundled one, so that this runs without a network.
-            code = re.sub(r'"[\w.-]+/Qwen[\w.-]+"|"Qwen/[\w.-]+"', repr(str(kvsieve.zoo.path("mini-lm"))), block)
+            code = re.sub(r'"(?:[\w-]+/)?(Qwen|STream3R)[\w./-]*"', lambda m: repr(str(stands_in[m[1]])), block)
             exec(compile(code, str(page), "exec"), names)
     finally:
         SCORERS.clear()
