@@ -45,13 +45,13 @@ class Recipe:
         (1.00, (8, 12, 16)),
     )
     warm_up: int = 40  # steps
-    decay: float = 0.4  # share of the run, at its end, over which the rates fall to zero
+    decay: float = 0.8  # share of the run, at its end, over which the rates fall to zero
     matrix_rate: float = 0.02  # Muon, for the matrices of encoder and trunk
     vector_rate: float = 2e-3  # AdamW, for what is no matrix in the trunk: gains, biases, tokens, positions
     head_rate: float = 1e-3  # AdamW, for the heads
     confidence: float = 0.2  # what a small confidence costs; see losses.py
-    points: float = 0.5  # weights of the losses beside the one on depth
-    pose: float = 1.0
+    points: float = 0.3  # weights of the losses beside the one on depth
+    pose: float = 0.5
     edges: float = 0.5
 
     def lengths_at(self, step: int) -> tuple[int, ...]:

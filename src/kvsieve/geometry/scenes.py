@@ -4,7 +4,7 @@ Rays are cast analytically in torch, so a sequence needs neither files nor a gra
 the same sequence. Seeds 0 to 9,999,999 are for training, seeds from 10,000,000 on (`HELD_OUT`) for measuring.
 
 Lengths are in units of the mean distance of the first frame's points from the first camera. Objects of all sizes
-float at random heights and textures have random scales, so a later frame alone does not tell how large things are:
+stand or float and textures have random scales, so a later frame alone does not tell how large things are:
 the scale has to be remembered from the first frame, or from frames in between that share something with both.
 The room is long, so views along it and across it differ in depth. The camera travels between a few stations again
 and again, so places out of sight for a while are seen again.
@@ -84,8 +84,9 @@ def _draw_stations(draw: np.random.Generator, room: np.ndarray) -> np.ndarray:
     """Three or four places between which the camera travels, [K, 3], not too close to each other."""
     count, apart = int(draw.integers(3, 5)), 0.5 * float(room[:2].min())
     stations: list[np.ndarray] = []
+    height = draw.uniform(-0.35, 0.35) * room[2]
     while len(stations) < count:
-        place = draw.uniform(-1, 1, 3) * room * (0.8, 0.85, 0.5)
+        place = draw.uniform(-1, 1, 3) * room * (0.8, 0.85, 0.05) + (0, 0, height)
         if all(np.linalg.norm(place - other) > apart for other in stations):
             stations.append(place)
         apart *= 0.98  # so that there is always room for the last one
@@ -104,7 +105,7 @@ def _draw_scene(draw: np.random.Generator, room: np.ndarray, stations: np.ndarra
         size = np.exp(draw.uniform(math.log(0.3), math.log(1.0), 3))
         if kind == _CYLINDER:
             size[1] = size[0]
-        standing = draw.random() < 0.4
+        standing = draw.random() < 0.65
         rotation = _yaw_rotation(draw.uniform(0, 2 * math.pi)) if standing else _random_rotation(draw)
         centre = draw.uniform(-1, 1, 3) * room * 0.95
         if standing:
@@ -135,7 +136,7 @@ def _camera_path(
     The camera rests at a station, goes straight to the next one while it turns, and so on. The first frames do not
     depend on how many follow.
     """
-    step = math.exp(draw.uniform(math.log(0.08), math.log(0.4)))  # of the way between two stations, per frame
+    step = math.exp(draw.uniform(math.log(0.06), math.log(0.3)))  # of the way between two stations, per frame
     start, sway = draw.uniform(0, 1), draw.uniform(0, 2 * math.pi, (2, 3))
     visits = math.ceil(start + step * frames) + 2
     current = int(draw.integers(len(stations)))
@@ -146,7 +147,7 @@ def _camera_path(
         change = (math.atan2(target[1], target[0]) + draw.normal(0, 0.5) - yaw + math.pi) % (2 * math.pi) - math.pi
         yaw += min(max(change, -1.4), 1.4)
         places.append(stations[current])
-        angles.append((yaw, draw.uniform(-0.25, 0.2), draw.uniform(-0.06, 0.06)))
+        angles.append((yaw, draw.uniform(-0.06, 0.04), draw.uniform(-0.02, 0.02)))
         current = (current + int(draw.integers(1, len(stations)))) % len(stations)
     time = start + step * np.arange(frames)
     visit = time.astype(int)
@@ -156,7 +157,7 @@ def _camera_path(
     positions = place_array[visit] * (1 - part) + place_array[visit + 1] * part
     positions = positions + 0.06 * np.sin(2.3 * time[:, None] * (1, 1.4, 0.8) + sway[0])
     turned = angle_array[visit] * (1 - part) + angle_array[visit + 1] * part
-    turned = turned + 0.05 * np.sin(1.9 * time[:, None] * (1, 1.3, 0.7) + sway[1])
+    turned = turned + 0.02 * np.sin(1.9 * time[:, None] * (1, 1.3, 0.7) + sway[1])
     yaw_t, pitch, roll = turned.T
     forward = np.stack([np.cos(pitch) * np.cos(yaw_t), np.cos(pitch) * np.sin(yaw_t), np.sin(pitch)], -1)
     level = np.stack([np.sin(yaw_t), -np.cos(yaw_t), np.zeros_like(yaw_t)], -1)
@@ -263,10 +264,10 @@ def render_sequence(seed: int, frames: int, size: tuple[int, int] = (64, 64)) ->
     if frames < 1 or height < 1 or width < 1:
         raise ValueError(f"nothing to render: {frames} frames of {height}x{width} pixels")
     draw = np.random.default_rng(seed)
-    room = np.array([draw.uniform(1.5, 3), draw.uniform(3, 6.5), draw.uniform(1.1, 2.4)])
+    room = np.array([draw.uniform(1.5, 3), draw.uniform(3, 6.5), draw.uniform(1.1, 1.9)])
     stations = _draw_stations(draw, room)
     scene = _draw_scene(draw, room, stations)
-    focal = max(size) / 2 / math.tan(math.radians(draw.uniform(52, 82)) / 2)
+    focal = max(size) / 2 / math.tan(math.radians(draw.uniform(60, 80)) / 2)
     positions, rotations = _camera_path(draw, room, stations, frames)
 
     column = (torch.arange(width) + 0.5 - width / 2) / focal
