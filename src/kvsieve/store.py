@@ -217,9 +217,12 @@ class DenseStore(Store):
 
     def _close_gaps(self, mask: Tensor, kept: int) -> None:
         """Move the kept tokens behind slot `kept` into the slots before it that became free."""
-        gaps, movers = (~mask[..., :kept]).nonzero().T, mask[..., kept:].nonzero().T
-        for buffer in self.columns.values():  # both lists run head after head, as many of one as of the other
-            buffer[gaps[0], gaps[1], gaps[2]] = buffer[movers[0], movers[1], movers[2] + kept]
+        head = torch.arange(self.batch * self.heads, device=mask.device).view(self.batch, self.heads, 1) * self.capacity
+        slot = head + torch.arange(self.n, device=mask.device)
+        gaps, movers = slot[..., :kept][~mask[..., :kept]], slot[..., kept:][mask[..., kept:]]
+        for buffer in self.columns.values():  # both run head after head, as many of one as of the other
+            rows = buffer.view(-1, *buffer.shape[3:])
+            rows.index_copy_(0, gaps, rows.index_select(0, movers))
         self.ordered = self.ordered and not bool(movers.numel())
         self.n, self.new = kept, 0
 
@@ -227,8 +230,9 @@ class DenseStore(Store):
         if self.capacity > self.n:
             self.columns = {name: buffer[:, :, : self.n].clone() for name, buffer in self.columns.items()}
 
-    def drop(self, victims: Tensor) -> None:
-        """Drop one token per head, at slots `victims` `[B, Hkv]`: the last token moves into its slot."""
+    def drop(self, victims: Tensor, room: int | None = None) -> None:
+        """Drop one token per head, at slots `victims` `[B, Hkv]`: the last token moves into its slot. `room` as in
+        `keep`."""
         last = self.n - 1
         self.ordered = self.ordered and bool((victims == last).all())
         b = torch.arange(self.batch, device=victims.device)[:, None]
@@ -236,6 +240,8 @@ class DenseStore(Store):
         for buffer in self.columns.values():
             buffer[b, h, victims] = buffer[:, :, last].clone()
         self.n, self.new = last, 0
+        if room is not None and self.capacity != last + room:
+            self._resize(last + room, self.columns)
 
     def map_rows(self, rows: Tensor) -> Store:
         rows = rows.to(self.columns[KEY].device)
