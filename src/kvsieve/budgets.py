@@ -122,10 +122,8 @@ class EvictRatio(Budget):
 
     def amounts(self, view: LayerView) -> list[float]:
         held, closed = view.valid.sum(-1), (view.valid & view.protected).sum(-1)
-        open_ = held - closed
-        # heads of a layer may differ in what they hold; the count is one for all of them
-        kept = (held - (open_.double() * self.removed).long()).amax(-1)
-        return [float(n) for n in kept.tolist()]
+        kept = held - ((held - closed).double() * self.removed).long()
+        return [sum(heads) / len(heads) for heads in kept.tolist()]
 
 
 @dataclass(frozen=True)
@@ -134,14 +132,18 @@ class Bytes(Budget):
 
     n: int
 
-    def tokens(self, each: int, exact: bool, room: int = 1) -> int:
+    def tokens(self, each: int, exact: bool, room: int = 1, even: bool = True) -> int:
         """Tokens per head, if one token in every layer, row and head takes `each` bytes. Room for the next `room`
-        tokens is set aside, and, where a store cannot be fitted exactly, for its spare slots."""
+        tokens is set aside, and, where a store cannot be fitted exactly, for its spare slots. `even`: all layers hold
+        equally many tokens, so that either all or none of them have no more spare slots than the least."""
         fit = self.n // each - room
-        if not exact:
-            fit = min(fit - MIN_SPARE, fit * SPARE_SHARE // (SPARE_SHARE + 1))
+        least = 1 + room
+        if not exact and even:
+            fit, least = min(fit - MIN_SPARE, fit * SPARE_SHARE // (SPARE_SHARE + 1)), least + MIN_SPARE
+        elif not exact:
+            fit, least = (fit - MIN_SPARE - 1) * SPARE_SHARE // (SPARE_SHARE + 1), least + MIN_SPARE + 2
         if fit < 1:
-            least = (1 + room if exact else 1 + room + MIN_SPARE) * each
+            least *= each
             raise BudgetError(
                 f"a budget of {self.n} bytes holds no token: one token takes {each} bytes over all layers, rows and "
                 f"heads; the smallest legal budget is {least} bytes"
@@ -151,7 +153,7 @@ class Bytes(Budget):
     def amounts(self, view: LayerView) -> list[float]:
         rows, heads = view.positions.shape[:2]
         each = view.n_layers * rows * heads * view.bytes_per_token
-        return [float(self.tokens(each, view.exact_fit, view.room))] * rows
+        return [float(self.tokens(each, view.exact_fit, view.room, view.even))] * rows
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .budgets import Ratio
-from .errors import BudgetError
+from .errors import BudgetError, ScoreError, UnsupportedOperationError
 
 if TYPE_CHECKING:
     from .layer import KVLayer
@@ -32,32 +34,68 @@ class LayerGroup:
         for member in self.members:
             member.commit()
 
+    def forget(self, member: KVLayer) -> None:
+        """What `member` has reported no longer holds."""
+        self.waiting.pop(member.rank, None)
+
     def wait(self, member: KVLayer, view: LayerView) -> None:
-        """`member` has seen the forward pass in `view` and is ready to be cut."""
-        if any(other.seen != view.seen for other in self.waiting.values()):
+        """`member` has seen the forward pass in `view` and is ready to be cut.
+
+        Raises:
+            UnsupportedOperationError: an interrupted pass has left this layer behind the others.
+        """
+        ahead = max((other.seen for other in self.waiting.values()), default=0)
+        if ahead > view.seen:
+            raise UnsupportedOperationError(
+                f"layer {member.layer_idx} has seen {view.seen} tokens where others have seen {ahead}: an earlier "
+                "forward pass was interrupted; reset() the cache"
+            )
+        if ahead < view.seen:
             self.waiting.clear()  # an interrupted pass left these behind
         self.waiting[member.rank] = view
         if len(self.waiting) < len(self.members):
             return
         views = [self.waiting[member.rank] for member in self.members]
         self.waiting = {}
-        for member, view, count in zip(self.members, views, self._counts(views), strict=True):
-            member.cut(view, torch.full((view.positions.shape[0],), count))
+        trigger = self.members[0].policy.trigger
+        if not any(trigger.fires(view) for view in views):  # one layer over a length is enough
+            for member, view in zip(self.members, views, strict=True):
+                member.cut(view)
+            return
+        for member, view, counts in zip(self.members, views, self._counts(views), strict=True):
+            member.cut(view, counts)
 
-    def _counts(self, views: list[LayerView]) -> list[int]:
-        """Tokens per head of every layer. Rows of a batch share them, so that a layer stays one block."""
-        policy = self.members[0].policy
-        valid = [view.valid for view in views]
-        held = [int(mask.sum(-1).max()) for mask in valid]
-        needed = [int((mask & view.protected).sum(-1).max()) for mask, view in zip(valid, views, strict=True)]
-        amount = sum(sum(policy.budget.amounts(view)) / view.positions.shape[0] for view in views) / len(views)
-        if not policy.share.strict:
-            needed = [0] * len(views)
-        elif sum(needed) > amount * len(views) and not isinstance(policy.budget, Ratio):
-            least = -(-sum(needed) // len(views))
-            raise BudgetError(
-                f"{policy.name}: {amount:g} tokens per layer, on average, are below the {least} that are protected; "
-                f"the smallest legal budget here is {least} tokens"
-            )
-        weights = [policy.share.weigh(view) for view in views]
-        return policy.share.allocate(amount, weights, needed, held, views[0].seen)
+    def _counts(self, views: list[LayerView]) -> Tensor:
+        """`[layers, B]` tokens per head. Every row decides for itself, unless storage is to stay one block."""
+        first, b, n = self.members[0], views[0].positions.shape[0], len(views)
+        share, budget = first.policy.share, first.policy.budget
+        closed = [view.valid & view.protected for view in views]
+        held = torch.stack([view.valid.sum(-1).amax(-1) for view in views], 1).cpu()
+        needed = torch.stack([mask.sum(-1).amax(-1) for mask in closed], 1).cpu()
+        amounts = [math.fsum(row) / n for row in zip(*map(budget.amounts, views), strict=True)]
+        weights = torch.tensor([share.weigh(view) for view in views], dtype=torch.float64).T
+        seen = views[0].real_seen
+        _check_finite(weights, views)
+        if first.fitted:
+            held, needed, seen = held.amax(0, True), needed.amax(0, True), seen.amax(0, True)
+            amounts, weights = [math.fsum(amounts) / b], weights.mean(0, True)
+        counts = []
+        for i, amount in enumerate(amounts):
+            floors = needed[i].tolist() if share.strict else [0] * n
+            if sum(floors) > amount * n and not isinstance(budget, Ratio):
+                least = -(-sum(floors) // n)
+                raise BudgetError(
+                    f"{first.policy.name}: {amount:g} tokens per layer, on average, are below the {least} that are "
+                    f"protected; the smallest legal budget here is {least} tokens"
+                )
+            counts.append(share.allocate(amount, weights[i].tolist(), floors, held[i].tolist(), int(seen[i])))
+        return torch.tensor(counts).T.expand(n, b)
+
+
+def _check_finite(weights: Tensor, views: list[LayerView]) -> None:
+    wrong = (~weights.isfinite()).any(0).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ScoreError(
+            f"the attention of layers {[views[i].layer_idx for i in wrong]} is not finite; "
+            "the model's keys, values or hidden states are probably not finite either"
+        )

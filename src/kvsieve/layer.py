@@ -102,6 +102,8 @@ class KVLayer:
         self.new_kind: Tensor | None = None
         self._pending: _Forward | None = None
         self._collected: tuple[str, Tensor] | None = None
+        if self.group is not None:
+            self.group.forget(self)
 
     @property
     def fitted(self) -> bool:
@@ -144,7 +146,7 @@ class KVLayer:
             self.store = self.new_store(b, h)
             self.real_seen = torch.zeros(b, dtype=torch.long)
             self.first = torch.zeros(b, dtype=torch.long, device=keys.device)
-        self.commit() if self.group is None else self.group.commit()
+        self.settle()
         if b != self.store.batch:
             raise UnsupportedOperationError(
                 f"the cache holds {self.store.batch} sequences, the new tokens have {b}; reset() or use a new cache"
@@ -215,17 +217,23 @@ class KVLayer:
         collected = None if rejected else forward.collected
         view = LayerView(self, queries, replace(forward.visibility, count=count), hidden, collected)
         self.policy.scorer.observe(view)
-        if self.group is not None and self.policy.trigger.fires(view):
-            self.group.wait(self, view)
-        else:
+        if self.group is None:
             self.cut(view)
+        else:
+            self.group.wait(self, view)
+
+    def settle(self) -> None:
+        """`commit`, together with all layers that wait for this one. Once a forward pass has gone on to the next
+        layers, this one has nothing to settle, while those before it hold the very same pass back."""
+        if self._pending is not None:
+            self.commit() if self.group is None else self.group.commit()
 
     def cut(self, view: LayerView, counts: Tensor | None = None) -> None:
         """Let go of what the policy does not keep; `counts` as in `Policy.keep`."""
         before = self.store.tokens
         handled, victims = self.policy.one_out(view)
         if victims is not None and isinstance(self.store, DenseStore):
-            self.store.drop(victims)
+            self.store.drop(victims, self._room)
         keep = None
         if not handled:
             keep = self.policy.keep(view) if counts is None else self.policy.keep(view, counts)
@@ -342,7 +350,7 @@ class KVLayer:
         """Make batch row `i` a copy of the present row `rows[i]`, for beams, repeats and selections."""
         if not self.seen:
             return
-        self.commit()
+        self.settle()
         self.store = self.store.map_rows(rows)
         self.state = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.state.items()}
         self.real_seen = self.real_seen[rows.cpu()]
@@ -371,6 +379,8 @@ class KVLayer:
                 f"{self.policy.name} has already counted the attention of the last {count} tokens, "
                 "which cannot be taken back; start a new cache, or copy this one before the tokens are fed"
             )
+        if self.group is not None:
+            self.group.forget(self)
         keep = self.store.live & (self.store.read(POSITION) < self.seen - count)
         fresh = self.store.new
         self.store = self.store.keep(keep)

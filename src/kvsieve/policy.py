@@ -101,13 +101,14 @@ class Policy:
             view: the layer after the forward pass.
             counts: `[B]` tokens per head, where a joint share has already decided on them.
         """
-        if not self.evicts or not self.trigger.fires(view):
+        decided = counts is not None
+        if not self.evicts or not (decided or self.trigger.fires(view)):
             return view.valid if view.expires else None
         valid = view.valid
         if isinstance(self.budget, Threshold):
             scores = check_scores(self.scorer.score(view), view.positions, valid)
             return valid & (view.protected | (scores >= self.budget.value))
-        decided, counts = counts is not None, self._layer_counts(view) if counts is None else counts
+        counts = self._layer_counts(view) if counts is None else counts
         held = valid.sum(-1)
         if self.share.uniform and not bool((held.cpu() > counts[:, None]).any()):
             return valid

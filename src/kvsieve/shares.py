@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Share:
         return True
 
     @property
+    def even(self) -> bool:
+        """Whether every layer receives the same amount."""
+        return True
+
+    @property
     def joint(self) -> bool:
         """Whether the layers of a cache are cut together, when all of them have seen a forward pass (`joint.py`)."""
         return False
@@ -42,20 +48,20 @@ class Share:
         """`[B, Hkv, N]` bool of the tokens that stay; arguments as in `select.top_mask`."""
         return top_mask(scores, positions, valid, protected, counts)
 
-    def weigh(self, view: LayerView) -> float:
-        """For a joint share: what this layer has to say, from the forward pass in `view`."""
+    def weigh(self, view: LayerView) -> list[float]:
+        """For a joint share: what this layer has to say, from the forward pass in `view`, for every row."""
         raise NotImplementedError
 
     def allocate(
         self, amount: float, weights: Sequence[float], floors: Sequence[int], held: Sequence[int], seen: int
     ) -> list[int]:
-        """For a joint share: tokens per head of every layer.
+        """For a joint share: tokens per head of every layer, for one row.
 
         Args:
             amount: tokens per head, on average over layers.
             weights: what `weigh` returned for every layer.
             floors, held: tokens that are protected, and tokens that are there.
-            seen: tokens fed so far.
+            seen: real tokens fed so far.
         """
         raise NotImplementedError
 
@@ -84,6 +90,10 @@ class Pyramid(Share):
 
     beta: int = 20
     window: int = 64
+
+    @property
+    def even(self) -> bool:
+        return False
 
     def per_layer(self, amount: float, count: int, seen: int, view: LayerView) -> int:
         low = amount / self.beta
@@ -151,6 +161,10 @@ class LayerVariance(Share):
             raise PolicyError(f"temp must be a positive number, not {self.temp}")
 
     @property
+    def even(self) -> bool:
+        return False
+
+    @property
     def joint(self) -> bool:
         return True
 
@@ -164,17 +178,27 @@ class LayerVariance(Share):
         # as published, protection is an infinite score, and infinities beyond the budget leave in any order: that of
         # `topk` over the tokens in order of arrival
         keep = valid.clone()
-        for b in range(valid.shape[0]):
-            order = positions[b, 0].argsort()
-            worth = scores[b, 0].masked_fill(protected[b, 0], math.inf)[order]
-            out = worth.topk(worth.numel() - int(counts[b, 0]), largest=False).indices
-            keep[b, :, order[out]] = False
+        for b, h in itertools.product(*map(range, valid.shape[:2])):
+            held = valid[b, h].nonzero()[:, 0]
+            order = held[positions[b, h, held].argsort()]
+            worth = scores[b, h].masked_fill(protected[b, h], math.inf)[order]
+            out = worth.topk(max(order.numel() - int(counts[b, h]), 0), largest=False).indices
+            keep[b, h, order[out]] = False
         return keep
 
-    def weigh(self, view: LayerView) -> float:
-        received = view.attention_mass().sum(1) / view.queries.shape[1]
-        spread = [row[keep].var(correction=0) for row, keep in zip(received, view.valid[:, 0], strict=True)]
-        return float(torch.stack(spread).mean())
+    def weigh(self, view: LayerView) -> list[float]:
+        mass, positions, valid = view.attention_mass(), view.positions, view.valid
+        if bool((positions == positions[:, :1]).all()):
+            received, valid = mass.sum(1), valid[:, 0]
+        else:  # heads hold different tokens, or the same ones in different slots
+            places, slots = positions.unique(return_inverse=True)
+            received = mass.new_zeros(mass.shape[0], len(places))
+            received.scatter_add_(1, slots.flatten(1), (mass * valid).flatten(1))
+            held = torch.zeros_like(received).scatter_add_(1, slots.flatten(1), valid.flatten(1).to(mass.dtype))
+            valid = held > 0
+        received = received / view.queries.shape[1]
+        rows = [row[keep] for row, keep in zip(received, valid, strict=True)]
+        return [float(row.var(correction=0)) if row.numel() else 0.0 for row in rows]
 
     def allocate(
         self, amount: float, weights: Sequence[float], floors: Sequence[int], held: Sequence[int], seen: int
@@ -195,7 +219,8 @@ def water_fill(total: int, weights: Sequence[float], floors: Sequence[int], ceil
 
     Returns:
         Integers between `floors` and `ceilings` whose sum is `total`, or the nearest sum that the bounds allow.
-        Fractions are rounded down and what is left goes to the largest remainders, ties to the earlier entry.
+        Fractions are rounded down and what is left goes to the largest remainders, ties to the larger
+        weight, then to the earlier entry.
     """
     total = min(max(total, sum(floors)), sum(ceilings))
     # a weight of zero must still be able to take what the others cannot hold
@@ -211,7 +236,7 @@ def water_fill(total: int, weights: Sequence[float], floors: Sequence[int], ceil
         low, high = (middle, high) if sum(filled(middle)) < total else (low, middle)
     real = filled(high)
     counts = [math.floor(x + 1e-9) for x in real]
-    order = sorted(range(len(counts)), key=lambda i: (counts[i] - real[i], i))
+    order = sorted(range(len(counts)), key=lambda i: (counts[i] - real[i], -weights[i], i))
     for step in (1, -1):
         while sum(counts) * step < total * step:
             for i in order:

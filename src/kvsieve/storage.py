@@ -42,7 +42,7 @@ def save_cache(cache: SieveCache, path: str) -> None:
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for layer in cache.managed:
-        layer.core.commit()
+        layer.core.settle()
         layers.append(pack_layer(layer.core, tensors, f"{layer.core.layer_idx}."))
     policy = cache.policy
     header = {

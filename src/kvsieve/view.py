@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedOperationError
 from .ledger import KEY, KIND, POSITION, SEGMENT, VALUE, Kind
 
 if TYPE_CHECKING:
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["LayerView", "Visibility"]
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+_ROWS = 64
+"""Queries whose mask is formed at once."""
 
 
 @dataclass
@@ -162,6 +164,11 @@ class LayerView:
         return self._layer.policy.exact_fit or self._layer.fitted
 
     @property
+    def even(self) -> bool:
+        """Whether every layer may hold equally much under this policy."""
+        return self._layer.policy.share.even
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value in one head."""
         return self._store.bytes_per_token
@@ -243,19 +250,25 @@ class LayerView:
             weights: `[B|1, H|1, t]` per-query weights. Padding queries always weigh zero.
             reduce: `"sum"`, `"max"` or `"square"` over queries and over the heads of a group.
         """
-        if queries is None and weights is None and self._collected is not None and self._collected[0] == reduce:
-            return self._collected[1]  # the attention of this pass was counted as it was computed
-        return self._layer.attention_mass(self, self.queries if queries is None else queries, weights, reduce)
+        if queries is not None or weights is not None:
+            return self._layer.attention_mass(self, self.queries if queries is None else queries, weights, reduce)
+        if self._collected is None or self._collected[0] != reduce:
+            self._collected = reduce, self._layer.attention_mass(self, self.queries, None, reduce)
+        return self._collected[1]  # where a layer attends itself, it may have counted this as it was computed
 
     def exposure(self) -> Tensor:
         """`[B, Hkv, N]` float32: how many of the new, real queries could see every held token."""
-        if self._visibility.function is not None:
-            raise UnsupportedOperationError("exposure is not known under a mask that is not simply causal")
-        real = self.real_queries
+        real, visibility = self.real_queries, self._visibility
         b, device = self.positions.shape[0], self.positions.device
         ones = torch.ones(b, self.new, device=device) if real is None else real.to(device, torch.float32)
-        if self._visibility.everything:
+        if visibility.everything:
             return ones.sum(1)[:, None, None].expand(self.positions.shape)
+        if visibility.function is not None:
+            total = torch.zeros(self.positions.shape, device=device)
+            for s in range(0, self.new, _ROWS):
+                seen = visibility.mask(self.positions, self._store.live, s, min(s + _ROWS, self.new))
+                total += (seen * ones[:, None, s : s + _ROWS, None]).sum(2)
+            return total
         behind = ones.flip(1).cumsum(1).flip(1)  # queries at or after every new column
         age = (self.positions.long() - (self.seen - self.new)).clamp_min(0)
         return behind[:, None].expand(-1, age.shape[1], -1).gather(2, age)
