@@ -37,6 +37,9 @@ def steps(model, cache, ids):
         ("h2o", {"budget": 16, "window_size": 4}),
         ("adakv_snapkv", {"budget": 16, "window_size": 4}),
         ("expected_attention", {"budget": 16}),
+        ("evict3r", {"budget": 16}),
+        ("evict3r", {"budget": 0.4, "when": "every_forward"}),
+        ("frame_attention", {"budget": 16, "aggregation": "mean"}),
         ("knorm", {"threshold": -6.0, "window": 4}),
         ("streaming_llm", {"budget": "4kB"}),
     ],
@@ -78,5 +81,5 @@ def test_errors(model, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="not a cache"):
+    with pytest.raises(DataError, match="not a file of this version of kvsieve"):
         kvsieve.SieveCache.load(str(tmp_path / "other.safetensors"), model)

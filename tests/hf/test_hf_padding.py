@@ -63,14 +63,14 @@ def test_every_method_on_llama(name, budget):
     compare("llama", policy(name, **BUDGETS[budget]))
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "adakv_snapkv"])
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "adakv_snapkv", "evict3r"])
 @pytest.mark.parametrize("family", [f for f in models.FAMILIES if f not in ("llama", "mistral")])
 def test_every_family(family, name):
     compare(family, policy(name, 8))
 
 
 @pytest.mark.parametrize("chosen", [policy("h2o", 8), policy("adakv_snapkv", 8), policy("lagkv", 0.5),
-                                    get_policy("knorm", threshold=-12.0)], ids=lambda p: p.name)  # fmt: skip
+                                    policy("evict3r", 8), get_policy("knorm", threshold=-12.0)], ids=lambda p: p.name)  # fmt: skip
 def test_token_by_token(chosen):
     """Chunks of a padded batch hold different numbers of real tokens, so only steps of one are the same for all."""
     inputs = models.prompt("llama", 3, LENGTH, padded=True)
@@ -91,7 +91,7 @@ def test_token_by_token(chosen):
             assert cache.report()["tokens_held"][1][index] == own.report()["tokens_held"][1][0]
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "tova", "adakv_snapkv"])
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "tova", "adakv_snapkv", "evict3r"])
 def test_second_turn_of_a_batch(name):
     """The next turn of a batch is padded on the left again, in the middle of what the cache has seen."""
     first, second = models.prompt("llama", 3, 16, padded=True), models.prompt("llama", 3, 12, padded=True, seed=2)
@@ -117,7 +117,7 @@ def test_a_row_of_nothing_but_padding():
     """It is never read; it must not disturb the others or fail."""
     inputs = models.prompt("llama", 2, LENGTH)
     inputs["attention_mask"][0] = 0
-    for name in ("h2o", "adakv_snapkv", "expected_attention", "random"):
+    for name in ("h2o", "adakv_snapkv", "expected_attention", "random", "evict3r"):
         out, cache = generate("llama", policy(name, 8), dict(inputs))
         one = {key: value[1:] for key, value in inputs.items()}
         alone, _ = generate("llama", policy(name, 8), one)

@@ -23,6 +23,7 @@ REPRESENTATIVE = {
     "streaming_llm": policy("streaming_llm", 8),
     "h2o": policy("h2o", 8),
     "adakv_snapkv": policy("adakv_snapkv", 8),
+    "evict3r": policy("evict3r", 8),
     "expected_attention": policy("expected_attention", 0.5),
     "threshold": get_policy("random", threshold=0.6, window=3),
 }

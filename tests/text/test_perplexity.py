@@ -126,9 +126,15 @@ def test_layerwise_equals_token_for_every_method(name, positions):
         token = perplexity(model, ids, policy, mode="token", positions=positions)
     except UnsupportedModelError as error:
         pytest.skip(str(error))
-    same(token, perplexity(model, ids, policy, mode="layerwise", positions=positions))
     auto = perplexity(model, ids, policy, positions=positions)
     same(token, auto)
+    if policy.joint:
+        assert auto.mode == "token"
+        for mode in ("layerwise", "one_pass"):
+            with pytest.raises(PolicyError, match="cuts all layers together"):
+                perplexity(model, ids, policy, mode=mode, positions=positions)
+        return
+    same(token, perplexity(model, ids, policy, mode="layerwise", positions=positions))
     assert auto.mode == ("layerwise" if one_pass_reason(policy, positions) else "one_pass")
 
 

@@ -19,6 +19,7 @@ from kvsieve.methods.knorm import KNorm
 from kvsieve.policy import Policy
 from kvsieve.protect import Protect
 from kvsieve.select import top_mask_naive
+from kvsieve.shares import LayerVariance
 from kvsieve.text import _recurrence
 from kvsieve.text._deaths import threshold_deaths, top_deaths
 from kvsieve.text.onepass import masked_attention
@@ -234,6 +235,8 @@ def test_reasons():
         (get_policy("knorm", budget=50, share="across_heads"), "compete"),
         (get_policy("knorm", budget=0.5), "after every token"),
         (replace(h2o, trigger=EveryTokens(4)), "after every token"),
+        (get_policy("evict3r", budget=50), "cuts all layers together"),
+        (replace(h2o, share=LayerVariance()), "cuts all layers together"),
         (OwnRules(h2o.scorer, h2o.budget, h2o.protect), "rules of its own"),
     ]:
         assert message in str(one_pass_reason(policy))
