@@ -14,7 +14,7 @@ from ..errors import KvsieveError, PolicyError
 from ..hf import text_config
 from .settings import Settings
 
-__all__ = ["clip_length", "digest", "find_device", "identity_of", "load_model", "surrogate_fingerprint"]
+__all__ = ["check_name", "clip_length", "digest", "find_device", "identity_of", "load_model", "surrogate_fingerprint"]
 
 
 def digest(value: Any) -> str:
@@ -42,12 +42,26 @@ def find_device(name: str | None) -> str:
     return str(device)
 
 
+def check_name(name: str) -> None:
+    """Raise if this is a bundled model that has nothing to do with text.
+
+    Raises:
+        KvsieveError: it is.
+    """
+    if name in zoo.list_models("geometry"):
+        raise KvsieveError(
+            f"{name} is not a language model; use it with `kvsieve geometry`. Bundled language models: "
+            f"{', '.join(zoo.list_models('text'))}"
+        )
+
+
 def load_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     """A bundled model, a folder or a Hub id as (model in evaluation mode, tokenizer).
 
     Raises:
         KvsieveError: it cannot be loaded.
     """
+    check_name(name)
     wanted = None if dtype is None else getattr(torch, dtype)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -55,15 +69,16 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if name in zoo.list_models():
-            return zoo.load(name, dtype=wanted, device=device)
+        if name in zoo.list_models("text"):
+            loaded: tuple[Any, Any] = zoo.load(name, dtype=wanted, device=device)
+            return loaded
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted or "auto")
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise KvsieveError(
             f"cannot load the model {name!r}: {first[0]} Give a folder, a Hub id of a causal language model, or a "
-            f"bundled model ({', '.join(zoo.list_models())})"
+            f"bundled model ({', '.join(zoo.list_models('text'))})"
         ) from error
     finally:
         if bars:
@@ -119,7 +134,7 @@ def _weights(module: torch.nn.Module) -> list[Any]:
     return parts
 
 
-_NO_NUMBERS = ("_compare/", "cli.py", "compare.py", "dialogue/", "geometry/", "report/", "tasks/", "text/train")
+_NO_NUMBERS = ("_compare/", "cli", "compare.py", "dialogue/", "geometry/", "report/", "tasks/", "text/train")
 
 
 def _code_fingerprint() -> str:

@@ -17,7 +17,7 @@ from ..policy import Policy, get_policy
 from ..scorer import SCORERS
 from ..text.data import Document, python_reference, read_jsonl
 from .cells import FORMAT
-from .identity import clip_length, digest, find_device, identity_of, load_model, surrogate_fingerprint
+from .identity import check_name, clip_length, digest, find_device, identity_of, load_model, surrogate_fingerprint
 from .settings import BASELINE, MATCH, Settings, kind_of, resolve_methods
 
 __all__ = ["Cell", "Method", "Plan", "Sample", "describe", "prepare"]
@@ -166,6 +166,7 @@ def prepare(settings: Settings, device: str | None = None) -> Plan:
     Raises:
         KvsieveError: anything that would keep the run from finishing, as far as it can be known beforehand.
     """
+    check_name(settings.model_name)
     names = resolve_methods(settings.methods, settings.include_observed_attention)
     scorer = _surrogate(settings) if any(kind_of(name) == "threshold" for name in names) else None
     documents = _documents(settings)
@@ -210,7 +211,7 @@ def _sample(tokenizer: Any, document: Document, max_length: int) -> Sample:
 def _surrogate(settings: Settings) -> str:
     if settings.kvzap_scorer_model is not None:
         return settings.kvzap_scorer_model
-    if settings.model_name in zoo.list_models():
+    if settings.model_name in zoo.list_models("text"):
         folder = zoo.path(settings.model_name) / "kvzap"
         if folder.is_dir():
             return str(folder)

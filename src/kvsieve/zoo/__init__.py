@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..errors import KvsieveError
 
 if TYPE_CHECKING:
     import torch
 
+    from ..geometry import STream3R
+
 __all__ = ["list_models", "load", "path"]
 
-_FOLDERS = {"mini-lm": "mini_lm"}
+_FOLDERS = {"mini-lm": "mini_lm", "mini-stream3r": "mini_stream3r"}
+_GEOMETRY = ("mini-stream3r",)
 
 
-def list_models() -> list[str]:
-    """Names of the bundled models."""
-    return sorted(_FOLDERS)
+def list_models(kind: str | None = None) -> list[str]:
+    """Names of the bundled models: of all, or of those of one kind.
+
+    Args:
+        kind: `"text"` for language models, `"geometry"` for reconstruction from images.
+    """
+    return sorted(name for name in _FOLDERS if kind in (None, "geometry" if name in _GEOMETRY else "text"))
 
 
 def path(name: str) -> Path:
@@ -31,8 +38,20 @@ def path(name: str) -> Path:
     return Path(__file__).parent / _FOLDERS[name]
 
 
-def load(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
-    """Load a bundled model and its tokenizer, offline.
+@overload
+def load(name: Literal["mini-lm"], dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]: ...
+
+
+@overload
+def load(name: Literal["mini-stream3r"], dtype: torch.dtype | None = None, device: str = "cpu") -> STream3R: ...
+
+
+@overload
+def load(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Any: ...
+
+
+def load(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """Load a bundled model, offline.
 
     Args:
         name: see `list_models()`.
@@ -40,11 +59,22 @@ def load(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> tu
         device: where to put it.
 
     Returns:
-        The model in evaluation mode, and its tokenizer.
+        The model in evaluation mode; of a language model `(model, tokenizer)`.
+
+    Raises:
+        KvsieveError: there is no such model, or its files are missing.
     """
     import torch
+
+    folder = path(name)
+    if not (folder / "model.safetensors").is_file():
+        raise KvsieveError(f"the weights of {name} are missing: {folder} has no model.safetensors; reinstall kvsieve")
+    dtype = dtype or torch.float32
+    if name in _GEOMETRY:
+        from ..geometry import STream3R
+
+        return STream3R.from_pretrained(folder, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = str(path(name))
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
