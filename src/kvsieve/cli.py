@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_geometry import geometry
 from .errors import KvsieveError
 
 __all__ = ["app", "main"]
@@ -230,6 +231,9 @@ def train_kvzap(
     typer.echo(f"Surrogate written to {output_dir}. On held-out tokens: {measured}")
     typer.echo(f"Share of tokens below a score: {record['score_quantiles']}")
     typer.echo(f"Use it with: kvsieve compare --model {model} --kvzap-scorer-model {output_dir} --threshold match")
+
+
+app.command()(_clear_errors(geometry))
 
 
 @app.command()
