@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from data import Batch
+from matching import matching_loss, same_places
 from settings import Recipe
 
 ROUND_DISCOUNT = 0.6  # an earlier round of the camera head counts this much less than the next one
@@ -36,8 +37,9 @@ def pose_error(pose: Tensor, truth: Tensor) -> Tensor:
     return huber_loss(pose, wanted, reduction="none", delta=SMOOTH).div(SMOOTH).sum(-1).mean()
 
 
-def losses(out: dict[str, Any], batch: Batch, point_frames: Tensor, recipe: Recipe) -> dict[str, Tensor]:
+def losses(out: dict[str, Any], batch: Batch, point_frames: Tensor, patch: int, recipe: Recipe) -> dict[str, Tensor]:
     """The weighted sum as `total`, and its parts."""
+    places = same_places(batch, patch)
     signed = out["depth"].log() - batch["depth"].log()
     distance = (out["points"] - batch["points"][:, point_frames]).norm(dim=-1)
     near = batch["depth"][:, point_frames].clamp(min=0.3)
@@ -47,8 +49,14 @@ def losses(out: dict[str, Any], batch: Batch, point_frames: Tensor, recipe: Reci
         "depth": confident(signed.abs(), out["depth_conf"], recipe.confidence),
         "points": confident(distance / near, out["points_conf"], recipe.confidence),
         "edges": edge_error(signed),
+        "matching": torch.stack([matching_loss(q, k, places) for q, k in out["looked"].values()]).mean(),
         "pose": torch.stack(rounds).sum() / sum(weights),
     }
-    total = parts["depth"] + recipe.points * parts["points"] + recipe.edges * parts["edges"]
+    total = (
+        recipe.matching * parts["matching"]
+        + parts["depth"]
+        + recipe.points * parts["points"]
+        + recipe.edges * parts["edges"]
+    )
     parts["log_depth_error"] = signed.abs().mean()
     return parts | {"total": total + recipe.pose * parts["pose"]}

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from kvsieve.geometry.aggregator import SPECIALS
-from kvsieve.geometry.blocks import batch_attention
+from kvsieve.geometry.blocks import Attend, batch_attention
 from kvsieve.geometry.model import STream3R
 from torch import Tensor, nn
+
+from matching import LAYERS
 
 LAYER_SCALE = 0.3  # the published 0.01 is for networks five times as deep, and for many more steps
 START_POSE = (0, 0, 0, 0, 0, 0, 1, 1.1, 1.1)  # no motion, 63 degrees
@@ -66,10 +68,20 @@ def predict(model: STream3R, images: Tensor, point_frames: Tensor) -> dict[str, 
     """What the loss needs of the causal forward pass over [B, S, 3, H, W].
 
     The points, which cost as much as the depth, are computed for the frames `point_frames` only.
+    Queries and keys of the blocks that learn to match are returned as `looked`.
     """
     frames, (height, width) = images.shape[1], images.shape[-2:]
     trunk = batch_attention("causal", frames, model.tokens_per_frame(height, width))
-    layers = model.aggregator(images, lambda _: trunk, {*model.dpt_layers, model.aggregator.depth - 1})
+    looked: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(layer: int) -> Attend:
+        def recorded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            looked[layer] = query, key
+            return trunk(query, key, value)
+
+        return recorded if layer in LAYERS else trunk
+
+    layers = model.aggregator(images, attend, {*model.dpt_layers, model.aggregator.depth - 1})
     camera = batch_attention("causal", frames, 1)
     poses = model.camera_head(layers[model.aggregator.depth - 1][:, :, 0], lambda *_: camera)
     read = [layers[i] for i in model.dpt_layers]
@@ -82,4 +94,5 @@ def predict(model: STream3R, images: Tensor, point_frames: Tensor) -> dict[str, 
         "depth_conf": depth_conf,
         "points": points,
         "points_conf": points_conf,
+        "looked": looked,
     }

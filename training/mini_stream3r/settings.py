@@ -53,6 +53,7 @@ class Recipe:
     points: float = 0.3  # weights of the losses beside the one on depth
     pose: float = 0.5
     edges: float = 0.5
+    matching: float = 0.1
 
     def lengths_at(self, step: int) -> tuple[int, ...]:
         """Sequence lengths that a step may have."""

@@ -63,7 +63,9 @@ class Trainer:
         frames = batch["images"].shape[1]
         draw = np.random.default_rng((self.seed, self.step, 1))
         point_frames = torch.from_numpy(np.sort(draw.choice(frames, (frames + 1) // 2, replace=False)))
-        parts = losses(predict(self.model, batch["images"], point_frames), batch, point_frames, self.recipe)
+        parts = losses(
+            predict(self.model, batch["images"], point_frames), batch, point_frames, self.model.patch_size, self.recipe
+        )
         parts["total"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.others, LIMIT)
         if not torch.isfinite(norm + parts["total"]):
