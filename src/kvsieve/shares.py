@@ -236,7 +236,7 @@ def water_fill(total: int, weights: Sequence[float], floors: Sequence[int], ceil
         low, high = (middle, high) if sum(filled(middle)) < total else (low, middle)
     real = filled(high)
     counts = [math.floor(x + 1e-9) for x in real]
-    order = sorted(range(len(counts)), key=lambda i: (counts[i] - real[i], -weights[i], i))
+    order = sorted(range(len(counts)), key=lambda i: (round(counts[i] - real[i], 9), -weights[i], i))
     for step in (1, -1):
         while sum(counts) * step < total * step:
             for i in order:
