@@ -17,8 +17,12 @@ SMOOTH = 0.1  # errors in poses below this are squared
 
 
 def confident(error: Tensor, confidence: Tensor, price: float) -> Tensor:
-    """Mean of `confidence * error - price * log(confidence)`: best where the confidence is `price / error`."""
-    return (confidence * error - price * confidence.log()).mean()
+    """Mean error, plus a term that is least where the confidence is `price / error`.
+
+    The confidence does not weight the gradient of the error: with weights, what is hard at first (the objects in front
+    of the walls) stays unlearned.
+    """
+    return (error + confidence * error.detach() - price * confidence.log()).mean()
 
 
 def edge_error(error: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from data import Batch
 
-LAYERS = (1, 2)  # global blocks
-HEADS = 2  # in each of them
+LAYERS = (1, 2, 3)  # global blocks
+HEADS = 2  # in each of them; head 0 looks into the first frame, head 1 into all earlier ones
 AGREES = 0.05  # relative difference in depth up to which a place counts as seen
 
 
@@ -42,20 +42,27 @@ def matching_loss(query: Tensor, key: Tensor, places: Tensor) -> Tensor:
         key: the same shape.
         places: [B, S, P, S], from `same_places`.
     """
+    return torch.stack([_head_loss(query[:, h], key[:, h], places, first_only=h == 0) for h in range(HEADS)]).mean()
+
+
+def _head_loss(query: Tensor, key: Tensor, places: Tensor, first_only: bool) -> Tensor:
+    """The loss of one head: query and key [B, S * (specials + P), D]."""
     b, frames, patches, _ = places.shape
-    tokens = query.shape[2] // frames
+    tokens = query.shape[1] // frames
     specials = tokens - patches
     order = torch.arange(frames)
     earlier = (order[None] < order[:, None])[:, None]  # [S, 1, S]
+    if first_only:
+        earlier = earlier & (order == 0)
     known = (places >= 0) & earlier
     target = torch.zeros(b, frames, patches, frames, tokens, dtype=torch.bool)
     target.scatter_(4, (places.clamp(min=0) + specials)[..., None], known[..., None])
-    q = query[:, :HEADS].unflatten(2, (frames, tokens))[:, :, :, specials:].flatten(2, 3)
-    logits = (q @ key[:, :HEADS].mT) / query.shape[-1] ** 0.5  # [B, H, S * P, S * tokens]
+    q = query.unflatten(1, (frames, tokens))[:, :, specials:].flatten(1, 2)
+    logits = (q @ key.mT) / query.shape[-1] ** 0.5  # [B, S * P, S * tokens]
     causal = (order[None] <= order[:, None]).repeat_interleave(patches, 0).repeat_interleave(tokens, 1)
     wanted = target.flatten(3).flatten(1, 2)  # [B, S * P, S * tokens]
     some = wanted.any(2)
     if not some.any():
         return logits.sum() * 0
-    logits = logits.masked_fill(~causal, -1e4).transpose(0, 1)[:, some]  # [H, n, S * tokens]
-    return (logits.logsumexp(2) - logits.masked_fill(~wanted[some], -1e4).logsumexp(2)).mean()
+    logits = logits.masked_fill(~causal, -1e4)[some]  # [n, S * tokens]
+    return (logits.logsumexp(1) - logits.masked_fill(~wanted[some], -1e4).logsumexp(1)).mean()

@@ -52,7 +52,7 @@ class Recipe:
     confidence: float = 0.2  # what a small confidence costs; see losses.py
     points: float = 0.3  # weights of the losses beside the one on depth
     pose: float = 0.5
-    edges: float = 0.5
+    edges: float = 1.5
     matching: float = 0.1
 
     def lengths_at(self, step: int) -> tuple[int, ...]:

@@ -94,8 +94,8 @@ def _draw_stations(draw: np.random.Generator, room: np.ndarray) -> np.ndarray:
 
 
 def _draw_scene(draw: np.random.Generator, room: np.ndarray, stations: np.ndarray) -> _Scene:
-    """Four to eight objects that keep away from the camera's ways, and the room."""
-    wanted = int(draw.integers(4, 9))
+    """Three to seven objects that keep away from the camera's ways, and the room."""
+    wanted = int(draw.integers(3, 8))
     kinds: list[int] = []
     centres, rotations, sizes = [], [], []
     for _ in range(wanted * 8):

@@ -42,7 +42,7 @@ def _wave(x: Tensor, footprint: Tensor) -> Tensor:
 
 
 class Textures:
-    """The textures of ``objects * FACES`` faces, drawn from ``draw``."""
+    """The textures of ``objects * FACES`` faces, drawn from ``draw``: vivid, but muted ones for the last object."""
 
     def __init__(self, draw: np.random.Generator, objects: int) -> None:
         count = objects * FACES
@@ -50,8 +50,11 @@ class Textures:
         self.kind = torch.from_numpy(draw.choice(5, count, p=[0.2, 0.15, 0.3, 0.15, 0.2]))
         angle = draw.uniform(0, 2 * math.pi, count) * (draw.random(count) < 0.5)
         frequency = np.exp(draw.uniform(math.log(0.9), math.log(5.0), count))
-        palette = draw.uniform(0.3, 0.9, (count, 1, 3)) + draw.normal(0, 0.2, (count, 3, 3))
-        palette = np.clip(palette, 0.1, 1)
+        vivid = draw.uniform(0.3, 1.0, (count, 1, 3)) ** draw.choice([0.3, 2.5], (count, 1, 3))
+        muted = draw.uniform(0.4, 0.75, (count, 1, 1)) + draw.normal(0, 0.05, (count, 1, 3))
+        last = np.arange(count) >= count - FACES
+        palette = np.where(last[:, None, None], muted, vivid) + draw.normal(0, 0.13, (count, 3, 3))
+        palette = np.clip(palette, 0.05, 1)
         rows = np.stack(
             [
                 frequency * np.cos(angle),
