@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvsieve import attention
-from kvsieve.attention import attend, attend_naive, attention_mass, attention_mass_naive
+from kvsieve.attention import attend, attend_and_count, attend_naive, attention_mass, attention_mass_naive
 
 
 @pytest.fixture(params=[attention.BLOCK_BYTES, 1], ids=["one block", "many blocks"])
@@ -48,6 +48,46 @@ def test_mass_and_output_equal_naive(shape, extra, reduce):
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "scale"])
+@pytest.mark.parametrize("reduce", ["sum", "max", "square"])
+def test_counting_on_the_way_equals_naive(shape, extra, reduce):
+    """Every query sees every key: one computation gives what two naive ones do."""
+    b, h, hkv, t, n, d = shape
+    torch.manual_seed(0)
+    q, k, v = torch.randn(b, h, t, d), torch.randn(b, hkv, n, d), torch.randn(b, hkv, n, d + 2)
+    settings = {"softcap": {"softcap": 3.0}, "sinks": {"sinks": torch.randn(h)}, "scale": {"scale": 0.7}}.get(extra, {})
+    out, mass = attend_and_count(q, k, v, reduce, **settings)
+    torch.testing.assert_close(out, attend_naive(q, k, v, **settings), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mass, attention_mass_naive(q, k, None, reduce, **settings), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, attend(q, k, v, **settings), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mass, attention_mass(q, k, None, reduce, **settings), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_counting_on_the_way_in_other_precisions(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 8, dtype=torch.float64).to(dtype) for heads in (4, 2, 2))
+    out, mass = attend_and_count(q, k, v)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    assert out.dtype == dtype
+    assert mass.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(out, attend_naive(q, k, v), **tolerance)
+    torch.testing.assert_close(mass, attention_mass_naive(q, k), **tolerance)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 9, 30, 8), (1, 1, 300, 300, 4), (2, 3, 1, 7, 8)], ids=str)
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_attention_without_groups_equals_naive(shape, scale):
+    """No mask and one query head per key head: the stock kernel."""
+    b, h, t, n, d = shape
+    q, k, v = (torch.randn(b, h, length, d, dtype=torch.float64) for length in (t, n, n))
+    got = attend(q, k, v, scale=scale)
+    torch.testing.assert_close(got, attend_naive(q, k, v, scale=scale), rtol=1e-12, atol=1e-12)
 
 
 def test_mass_is_conserved_and_lse_reused():

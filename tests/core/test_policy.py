@@ -8,10 +8,11 @@ import json
 import pytest
 
 import kvsieve
-from kvsieve.budgets import Bytes, Ratio, Threshold, Tokens, Unlimited, parse_bytes
+from kvsieve.budgets import Bytes, EvictRatio, Ratio, Threshold, Tokens, Unlimited, parse_bytes
 from kvsieve.errors import BudgetError, PolicyError
 from kvsieve.policy import Policy
 from kvsieve.protect import Protect
+from kvsieve.shares import LayerVariance
 from kvsieve.triggers import AfterPrefill, EveryForward, EveryTokens, OverLength, parse_trigger
 
 
@@ -88,6 +89,9 @@ def test_bytes(text, n):
         ({"budget": 63}, BudgetError, "smallest legal budget is 64"),
         ({"budget": 100, "kernel_size": 4}, PolicyError, "odd"),
         ({"threshold": 0.1, "share": "across_heads"}, PolicyError, "cannot be shared"),
+        ({"budget": 64, "share": LayerVariance(), "threshold": 0.1}, PolicyError, "only one of"),
+        ({"threshold": 0.1, "share": "layer_variance"}, PolicyError, "cannot be shared"),
+        ({"budget": EvictRatio(0.3), "share": "layer_variance"}, PolicyError, "cannot be shared between layers"),
         ({"budget": 64, "protect": Protect(sink=60, recent=60)}, BudgetError, "60 sinks \\+ 60 recent"),
     ],
 )

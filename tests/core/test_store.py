@@ -86,6 +86,53 @@ def test_store_is_a_dictionary_of_tokens(data, b, h):
         assert store.lengths.tolist() == [[len(s) for s in row] for row in alive]
 
 
+@settings(max_examples=120, deadline=None)
+@given(data=st.data(), b=st.integers(1, 2), h=st.integers(1, 3), room=st.sampled_from([None, 1, 3, 9]))
+def test_room_changes_where_tokens_lie_and_nothing_else(data, b, h, room):
+    """Fitted to the byte after every cut, the same tokens in every head as in a store without."""
+    fitted, plain = DenseStore(b, h, spare_share=4), DenseStore(b, h)
+    for i in range(data.draw(st.integers(1, 8))):
+        t = room if room is not None and data.draw(st.booleans()) else data.draw(st.sampled_from([1, 4]))
+        for store in (fitted, plain):
+            store.append(tokens(b, h, 10 * i, t))
+        drop = data.draw(st.integers(0, fitted.n - 1))
+        position = fitted.read(POSITION)
+        gone = torch.stack([
+            torch.stack([head[torch.tensor(data.draw(st.permutations(range(fitted.n))))[:drop]] for head in row])
+            for row in position
+        ])  # fmt: skip
+        if drop == 1 and data.draw(st.booleans()):
+            for store in (fitted, plain):
+                victims = (store.read(POSITION) == gone).to(torch.uint8).argmax(-1)
+                store.drop(victims, room if store is fitted else None)
+        else:
+            for store in (fitted, plain):
+                mask = ~(store.read(POSITION)[..., None] == gone[:, :, None]).any(-1)
+                assert store.keep(mask, room=room if store is fitted else None) is store
+        assert contents(fitted) == contents(plain)
+        if room is not None and drop:
+            assert fitted.capacity == fitted.n + room
+            assert fitted.bytes_of((KEY, VALUE)) == b * h * (fitted.n + room) * fitted.bytes_per_token
+        for store in (fitted, plain):
+            position = store.read(POSITION)
+            assert not store.ordered or bool((position.diff(dim=-1) > 0).all())
+
+
+def test_a_steady_stream_of_frames_copies_nothing():
+    """Only the tokens that fill the gaps move."""
+    store = DenseStore(1, 2, spare_share=4)
+    g, buffers = torch.Generator().manual_seed(0), set()
+    for i in range(30):
+        store.append(tokens(1, 2, 8 * i, 8))
+        if store.n > 20:
+            mask = torch.zeros(1, 2, store.n, dtype=torch.bool)
+            mask.scatter_(2, torch.rand(1, 2, store.n, generator=g).argsort(-1)[..., :20], True)
+            store.keep(mask, room=8)
+            buffers.add(store.columns[KEY].data_ptr())
+            assert (store.n, store.capacity) == (20, 28)
+    assert len(buffers) == 1
+
+
 @pytest.mark.parametrize("differ", [False, True], ids=["dense", "ragged"])
 def test_memory_goes_down(differ):
     store: Store = DenseStore(1, 2)
