@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from data import Batch
-from matching import matching_loss, same_places
+from matching import matching_loss, same_places, shift_loss
 from settings import Recipe
 
 ROUND_DISCOUNT = 0.6  # an earlier round of the camera head counts this much less than the next one
+TURN = 3.0  # weight of the quaternion, whose numbers are small
 SMOOTH = 0.1  # errors in poses below this are squared
 
 
@@ -38,7 +39,8 @@ def pose_error(pose: Tensor, truth: Tensor) -> Tensor:
     """Of encodings [..., 9]; a quaternion and its negative are the same rotation."""
     sign = torch.where((pose[..., 3:7] * truth[..., 3:7]).sum(-1, keepdim=True) < 0, -1.0, 1.0)
     wanted = torch.cat([truth[..., :3], truth[..., 3:7] * sign, truth[..., 7:]], -1)
-    return huber_loss(pose, wanted, reduction="none", delta=SMOOTH).div(SMOOTH).sum(-1).mean()
+    weight = torch.tensor([1.0] * 3 + [TURN] * 4 + [1.0] * 2)
+    return (huber_loss(pose, wanted, reduction="none", delta=SMOOTH) / SMOOTH * weight).sum(-1).mean()
 
 
 def losses(out: dict[str, Any], batch: Batch, point_frames: Tensor, patch: int, recipe: Recipe) -> dict[str, Tensor]:
@@ -54,13 +56,10 @@ def losses(out: dict[str, Any], batch: Batch, point_frames: Tensor, patch: int, 
         "points": confident(distance / near, out["points_conf"], recipe.confidence),
         "edges": edge_error(signed),
         "matching": torch.stack([matching_loss(q, k, places) for q, k in out["looked"].values()]).mean(),
+        "shift": shift_loss(out["shift"], places),
         "pose": torch.stack(rounds).sum() / sum(weights),
     }
-    total = (
-        recipe.matching * parts["matching"]
-        + parts["depth"]
-        + recipe.points * parts["points"]
-        + recipe.edges * parts["edges"]
-    )
+    total = parts["depth"] + recipe.points * parts["points"] + recipe.edges * parts["edges"]
+    total = total + recipe.matching * parts["matching"] + recipe.shift * parts["shift"]
     parts["log_depth_error"] = signed.abs().mean()
     return parts | {"total": total + recipe.pose * parts["pose"]}

@@ -14,6 +14,7 @@ from data import Batch
 
 LAYERS = (1, 2, 3)  # global blocks
 HEADS = 2  # in each of them; head 0 looks into the first frame, head 1 into all earlier ones
+SHIFT_LAYER = 2  # global block after which a patch should know how far its place has moved
 AGREES = 0.05  # relative difference in depth up to which a place counts as seen
 
 
@@ -66,3 +67,19 @@ def _head_loss(query: Tensor, key: Tensor, places: Tensor, first_only: bool) -> 
         return logits.sum() * 0
     logits = logits.masked_fill(~causal, -1e4)[some]  # [n, S * tokens]
     return (logits.logsumexp(1) - logits.masked_fill(~wanted[some], -1e4).logsumexp(1)).mean()
+
+
+def shift_loss(predicted: Tensor, places: Tensor) -> Tensor:
+    """Error in how far each patch's place is, in patches, from where the first frame sees it.
+
+    Args:
+        predicted: [B, S, P, 2], rows and columns.
+        places: [B, S, P, S], from `same_places`.
+    """
+    side = round(places.shape[2] ** 0.5)
+    own = torch.arange(places.shape[2]).view(1, 1, -1)
+    first = places[..., 0]
+    rows, columns = first // side - own // side, first % side - own % side
+    known = (first >= 0) & (torch.arange(places.shape[1]) > 0)[None, :, None]
+    error = (predicted - torch.stack([rows, columns], -1)).abs().sum(-1)
+    return (error * known).sum() / known.sum().clamp(min=1)

@@ -11,7 +11,7 @@ from kvsieve.geometry.blocks import Attend, batch_attention
 from kvsieve.geometry.model import STream3R
 from torch import Tensor, nn
 
-from matching import LAYERS
+from matching import LAYERS, SHIFT_LAYER
 
 LAYER_SCALE = 0.3  # the published 0.01 is for networks five times as deep, and for many more steps
 START_POSE = (0, 0, 0, 0, 0, 0, 1, 1.1, 1.1)  # no motion, 63 degrees
@@ -83,6 +83,7 @@ def predict(model: STream3R, images: Tensor, point_frames: Tensor) -> dict[str, 
 
     layers = model.aggregator(images, attend, {*model.dpt_layers, model.aggregator.depth - 1})
     camera = batch_attention("causal", frames, 1)
+    trunk_width = model.config["embed_dim"]
     poses = model.camera_head(layers[model.aggregator.depth - 1][:, :, 0], lambda *_: camera)
     read = [layers[i] for i in model.dpt_layers]
     depth, depth_conf = model.depth_head(read, height, width, SPECIALS)
@@ -95,4 +96,5 @@ def predict(model: STream3R, images: Tensor, point_frames: Tensor) -> dict[str, 
         "points": points,
         "points_conf": points_conf,
         "looked": looked,
+        "tokens": layers[SHIFT_LAYER][:, :, SPECIALS:, trunk_width:],
     }

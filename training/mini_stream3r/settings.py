@@ -40,8 +40,8 @@ class Recipe:
     lengths: tuple[tuple[float, tuple[int, ...]], ...] = (  # until this share of the run: lengths to draw from
         (0.15, (1, 2, 2, 3)),
         (0.30, (2, 3, 4)),
-        (0.60, (3, 4, 6, 8)),
-        (0.85, (4, 6, 8, 12)),
+        (0.55, (3, 4, 6, 8)),
+        (0.82, (4, 6, 8, 12)),
         (1.00, (8, 12, 16)),
     )
     warm_up: int = 40  # steps
@@ -54,6 +54,7 @@ class Recipe:
     pose: float = 0.5
     edges: float = 1.5
     matching: float = 0.1
+    shift: float = 0.1
 
     def lengths_at(self, step: int) -> tuple[int, ...]:
         """Sequence lengths that a step may have."""

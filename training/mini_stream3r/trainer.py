@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "mini_lm"))
 
@@ -43,11 +44,16 @@ class Trainer:
         groups = [{"params": vectors, "peak": recipe.vector_rate}, {"params": heads, "peak": recipe.head_rate}]
         self.adam = torch.optim.AdamW(groups, lr=recipe.head_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.others = [*vectors, *heads]
+        width = model.config["embed_dim"]
+        self.shift = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))  # only teaches; not part of the model
+        nn.init.zeros_(self.shift[1].weight)
+        self.shift_adam = torch.optim.AdamW(self.shift.parameters(), lr=recipe.head_rate, weight_decay=0.0)
 
     def save(self, name: str = "latest") -> None:
         """Written beside and moved into place, so that a stop in between loses nothing."""
         saved = {"model": self.model.state_dict(), "config": self.model.config, "step": self.step}
         saved |= {"muon": self.muon.state(), "adam": self.adam.state_dict()}
+        saved |= {"shift": self.shift.state_dict(), "shift_adam": self.shift_adam.state_dict()}
         torch.save(saved, self.folder / f"{name}.part")
         (self.folder / f"{name}.part").replace(self.folder / f"{name}.pt")
 
@@ -57,15 +63,18 @@ class Trainer:
         self.muon.restore(saved["muon"])
         self.adam.load_state_dict(saved["adam"])
         self.step = saved["step"]
+        if "shift" in saved:
+            self.shift.load_state_dict(saved["shift"])
+            self.shift_adam.load_state_dict(saved["shift_adam"])
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update; returns the losses before it."""
         frames = batch["images"].shape[1]
         draw = np.random.default_rng((self.seed, self.step, 1))
         point_frames = torch.from_numpy(np.sort(draw.choice(frames, (frames + 1) // 2, replace=False)))
-        parts = losses(
-            predict(self.model, batch["images"], point_frames), batch, point_frames, self.model.patch_size, self.recipe
-        )
+        out = predict(self.model, batch["images"], point_frames)
+        out["shift"] = self.shift(out["tokens"])
+        parts = losses(out, batch, point_frames, self.model.patch_size, self.recipe)
         parts["total"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.others, LIMIT)
         if not torch.isfinite(norm + parts["total"]):
@@ -74,6 +83,8 @@ class Trainer:
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * rate
         self.adam.step()
+        self.shift_adam.step()
+        self.shift_adam.zero_grad()
         for matrix, weight in zip(self.muon.matrices, self.wide, strict=True):
             matrix.grad = weight.grad.flatten(1)
         self.muon.step(self.recipe.matrix_rate * rate)
