@@ -63,9 +63,8 @@ class Trainer:
         self.muon.restore(saved["muon"])
         self.adam.load_state_dict(saved["adam"])
         self.step = saved["step"]
-        if "shift" in saved:
-            self.shift.load_state_dict(saved["shift"])
-            self.shift_adam.load_state_dict(saved["shift_adam"])
+        self.shift.load_state_dict(saved["shift"])
+        self.shift_adam.load_state_dict(saved["shift_adam"])
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update; returns the losses before it."""

@@ -6,8 +6,8 @@ the same sequence. Seeds 0 to 9,999,999 are for training, seeds from 10,000,000 
 Lengths are in units of the mean distance of the first frame's points from the first camera. Objects of all sizes
 stand or float and textures have random scales, so a later frame alone does not tell how large things are:
 the scale has to be remembered from the first frame, or from frames in between that share something with both.
-The room is long, so views along it and across it differ in depth. The camera travels between a few stations again
-and again, so places out of sight for a while are seen again.
+The room is long, so views along it and across it differ in depth. The camera keeps nearly level, at one height, and
+travels between a few stations again and again, so places out of sight for a while are seen again.
 """
 
 from __future__ import annotations
