@@ -209,6 +209,20 @@ def test_a_failed_run_makes_the_exit_code_1(images, model, tmp_path, monkeypatch
     assert "full failed: BudgetError: too little" in done.output
 
 
+def test_a_small_model_runs_on_one_thread_unless_told(asked, images, model, monkeypatch):
+    told = []
+    monkeypatch.setattr("torch.set_num_threads", told.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    invoke("--images", images, "--model", model)
+    assert told == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    invoke("--images", images, "--model", model)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("kvsieve.cli_geometry._SMALL", 1000)
+    invoke("--images", images, "--model", model)
+    assert told == [1]
+
+
 def test_help_says_what_there_is():
     text = invoke("--help").output
     for flag in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,6 +30,8 @@ DEMO: dict[str, Any] = {
 """What `--demo` changes; flags that are typed win."""
 _FIRST_SCENE = 1000
 """Held-out scenes that the demo skips: the training recipe watches its progress on the first ones."""
+_SMALL = 30_000_000
+"""Parameters below which one thread is fastest."""
 
 
 def geometry(
@@ -98,6 +101,7 @@ def geometry(
     from .report.terminal import make_console
 
     loaded = _load(model, device)
+    _few_threads(loaded)
     sequences, count = _frames(images, loaded, preprocess, frames, scenes, seed)
     asked = Asked(
         tokens_per_frame=loaded.tokens_per_frame(*_size(sequences)),
@@ -198,6 +202,16 @@ def _load(name: str, device: str | None) -> STream3R:
         loaded: STream3R = zoo.load(name, device=where)
         return loaded
     return STream3R.from_pretrained(name, device=where, skip_track_head=True)
+
+
+def _few_threads(model: STream3R) -> None:
+    """The steps of a small model are too short to share: threads wait for each other longer than they work, and for
+    seconds where another program has the second core. `OMP_NUM_THREADS` goes before this."""
+    import torch
+
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if weights < _SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _frames(
