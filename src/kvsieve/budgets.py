@@ -132,28 +132,26 @@ class Bytes(Budget):
 
     n: int
 
-    def tokens(self, each: int, exact: bool, room: int = 1, even: bool = True) -> int:
+    def tokens(self, each: int, exact: bool, room: int = 1, layers: int = 1) -> int:
         """Tokens per head, if one token in every layer, row and head takes `each` bytes. Room for the next `room`
-        tokens is set aside, and, where a store cannot be fitted exactly, for its spare slots. `even`: all layers hold
-        equally many tokens, so that either all or none of them have no more spare slots than the least."""
-        fit = self.n // each - room
-        least = 1 + room
-        if not exact and even:
-            fit, least = min(fit - MIN_SPARE, fit * SPARE_SHARE // (SPARE_SHARE + 1)), least + MIN_SPARE
-        elif not exact:
-            fit, least = (fit - MIN_SPARE - 1) * SPARE_SHARE // (SPARE_SHARE + 1), least + MIN_SPARE + 2
+        tokens is set aside, and, where a store cannot be fitted exactly, for its spare slots. `layers`: between how
+        many layers these tokens are shared unevenly; at worst one holds nearly all, the others their least spare."""
+        fit, least = self.n // each - room, 1 + room
+        if not exact:
+            large = ((fit - MIN_SPARE) * layers + MIN_SPARE) * SPARE_SHARE // ((SPARE_SHARE + 1) * layers)
+            fit, least = min(fit - MIN_SPARE, large), least + MIN_SPARE
         if fit < 1:
-            least *= each
             raise BudgetError(
                 f"a budget of {self.n} bytes holds no token: one token takes {each} bytes over all layers, rows and "
-                f"heads; the smallest legal budget is {least} bytes"
+                f"heads; the smallest legal budget is {least * each} bytes"
             )
         return fit
 
     def amounts(self, view: LayerView) -> list[float]:
         rows, heads = view.positions.shape[:2]
         each = view.n_layers * rows * heads * view.bytes_per_token
-        return [float(self.tokens(each, view.exact_fit, view.room, view.even))] * rows
+        layers = 1 if view.even else view.n_layers
+        return [float(self.tokens(each, view.exact_fit, view.room, layers))] * rows
 
 
 @dataclass(frozen=True)

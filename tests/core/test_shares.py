@@ -363,8 +363,10 @@ def test_bytes_leave_room_for_the_next_pass():
     assert Bytes(1000).tokens(10, exact=True, room=40) == 60
     assert Bytes(1000).tokens(10, exact=False) == 91
     assert Bytes(10_000).tokens(10, exact=False) == 968
-    assert Bytes(10_000).tokens(10, exact=False, even=False) == 960
-    for settings_ in ({"exact": True, "room": 7}, {"exact": False}, {"exact": False, "even": False, "room": 3}):
+    assert Bytes(10_000).tokens(10, exact=False, layers=1000) == 960
+    assert Bytes(10_000).tokens(10, exact=False, layers=2) == 964
+    assert Bytes(1000).tokens(10, exact=False, layers=2) == 91, "no layer can be large enough"
+    for settings_ in ({"exact": True, "room": 7}, {"exact": False}, {"exact": False, "layers": 9, "room": 3}):
         with pytest.raises(BudgetError, match="smallest legal budget is") as error:
             Bytes(9).tokens(10, **settings_)
         least = int(str(error.value).split("budget is ")[1].split()[0])
