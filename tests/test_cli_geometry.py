@@ -254,6 +254,16 @@ def test_the_zoo_loads_a_stream3r_alone(model, monkeypatch):
         zoo.load("mini-stream3r")
 
 
+@pytest.mark.skipif(not (zoo.path("mini-stream3r") / "model.safetensors").is_file(), reason="not trained yet")
+def test_the_bundled_model_beats_a_constant(tmp_path):
+    done = invoke(
+        "--demo", "--frames", 3, "--scenes", 1, "--compare", "full,window", "--no-save-points", "--output", tmp_path
+    )
+    assert done.exit_code == 0, done.output
+    stored = json.loads((tmp_path / "metrics.json").read_text())
+    assert stored["runs"][0]["metrics"]["abs_rel"] < stored["references"]["best constant depth"]["abs_rel"]
+
+
 @pytest.mark.parametrize("methods", [[], ["--methods", "random"]])
 def test_compare_refuses_a_model_of_images(methods, tmp_path):
     out = tmp_path / "out"
