@@ -70,7 +70,8 @@ def test_every_family(family, name):
 
 
 @pytest.mark.parametrize("chosen", [policy("h2o", 8), policy("adakv_snapkv", 8), policy("lagkv", 0.5),
-                                    policy("evict3r", 8), get_policy("knorm", threshold=-12.0)], ids=lambda p: p.name)  # fmt: skip
+                                    policy("evict3r", 8), get_policy("knorm", threshold=-12.0)],
+                         ids=lambda p: p.name)  # fmt: skip
 def test_token_by_token(chosen):
     """Chunks of a padded batch hold different numbers of real tokens, so only steps of one are the same for all."""
     inputs = models.prompt("llama", 3, LENGTH, padded=True)
