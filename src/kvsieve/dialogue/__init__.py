@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .matching import Matching, Pair, Window, assign, get_window, match
-    from .metrics import Interval, PooledScore, VideoScore, pool, score_video
+    from .metrics import Difference, Interval, PooledScore, VideoScore, difference, pool, score_video
     from .predictions import Predictions, Summary, VideoPrediction, read_predictions, write_predictions
     from .records import Substep, Turn, Utterance, VideoRecord, parse_record, read_records
     from .results import ResultFiles, RunnerNumbers, metrics_table, write_metrics
     from .similarity import get_similarity, list_similarities, register_similarity, sentence_encoder
 
 __all__ = [
+    "Difference",
     "Interval",
     "Matching",
     "Pair",
@@ -30,6 +31,7 @@ __all__ = [
     "VideoScore",
     "Window",
     "assign",
+    "difference",
     "get_similarity",
     "get_window",
     "list_similarities",
@@ -50,7 +52,7 @@ _LAZY = {
     name: module
     for module, names in {
         "matching": ("Matching", "Pair", "Window", "assign", "get_window", "match"),
-        "metrics": ("Interval", "PooledScore", "VideoScore", "pool", "score_video"),
+        "metrics": ("Difference", "Interval", "PooledScore", "VideoScore", "difference", "pool", "score_video"),
         "predictions": ("Predictions", "Summary", "VideoPrediction", "read_predictions", "write_predictions"),
         "records": ("Substep", "Turn", "Utterance", "VideoRecord", "parse_record", "read_records"),
         "results": ("ResultFiles", "RunnerNumbers", "metrics_table", "write_metrics"),

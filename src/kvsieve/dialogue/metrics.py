@@ -18,11 +18,13 @@ from .matching import UNIFORM, Matching, Window, match
 from .records import Utterance
 from .similarity import Similarity
 
-__all__ = ["Interval", "PooledScore", "VideoScore", "pool", "score_video"]
+__all__ = ["Difference", "Interval", "PooledScore", "VideoScore", "difference", "pool", "score_video"]
 
 LEAST_VIDEOS = 3
 """Videos that an interval needs."""
 RESAMPLES = 2000
+
+Counts = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,14 @@ class Interval:
 
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One pooled rate minus another, and its interval; `None` where they cannot be measured."""
+
+    value: float | None
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -186,24 +196,13 @@ def pool(
         DataError: no videos.
         PolicyError: confidence not between 0 and 1, or no resamples.
     """
-    if not scores:
-        raise DataError("there is no video to score")
-    if not 0 < confidence < 1:
-        raise PolicyError(f"confidence must be between 0 and 1, not {confidence}")
-    if resamples < 1:
-        raise PolicyError(f"resamples must be 1 or more, not {resamples}")
-    per_video = np.array([_counts(score) for score in scores])
+    per_video = _table(scores)
     rates = _rates(per_video.sum(0))
     intervals: dict[str, Interval | None] = dict.fromkeys(rates)
-    if len(scores) >= LEAST_VIDEOS:
-        drawn = np.random.default_rng(seed).multinomial(len(scores), [1 / len(scores)] * len(scores), size=resamples)
-        resampled = [_rates(counts) for counts in drawn @ per_video]
-        tail = (1 - confidence) / 2
-        for name, rate in rates.items():
-            values = [one[name] for one in resampled if one[name] is not None]
-            if rate is not None:
-                low, high = np.quantile(np.array(values, dtype=float), [tail, 1 - tail])
-                intervals[name] = Interval(float(low), float(high))
+    resampled = [_rates(counts) for counts in _draws(len(scores), confidence, resamples, seed) @ per_video]
+    for name, rate in rates.items():
+        if rate is not None:
+            intervals[name] = _interval([one[name] for one in resampled], confidence)
     return PooledScore(
         videos=len(scores),
         counts={
@@ -214,6 +213,88 @@ def pool(
         intervals=intervals,
         confidence=confidence,
     )
+
+
+def difference(
+    scores: Sequence[VideoScore],
+    baseline: Sequence[VideoScore],
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """How much higher the pooled rates of one strategy are than those of another over the same videos.
+
+    Videos are drawn as in `pool`, the same ones for both, so how hard a video is drops out: two strategies can differ
+    for sure although their own intervals overlap.
+
+    Args:
+        scores: one per video, in any order.
+        baseline: the same videos, by `video_id`.
+        confidence: share that the intervals cover.
+        resamples: draws.
+        seed: the same seed gives the same intervals.
+
+    Returns:
+        By the names of `pool`.
+
+    Raises:
+        DataError: no videos, other videos, or a video twice.
+        PolicyError: as in `pool`.
+    """
+    ours, theirs = _by_video(scores), _by_video(baseline)
+    if ours.keys() != theirs.keys():
+        raise DataError(f"not the same videos: {', '.join(sorted(ours.keys() ^ theirs.keys()))} on one side only")
+    both = [_table([side[name] for name in sorted(ours)]) for side in (ours, theirs)]
+    draws = _draws(len(ours), confidence, resamples, seed)
+    first, second = (_rates(table.sum(0)) for table in both)
+    drawn = [(_rates(draw @ both[0]), _rates(draw @ both[1])) for draw in draws]
+    out: dict[str, Difference] = {}
+    for name in first:
+        value = _minus(first[name], second[name])
+        gaps = [_minus(one[name], other[name]) for one, other in drawn]
+        out[name] = Difference(value, None if value is None else _interval(gaps, confidence))
+    return out
+
+
+def _by_video(scores: Sequence[VideoScore]) -> dict[str, VideoScore]:
+    out: dict[str, VideoScore] = {}
+    for score in scores:
+        if score.video_id in out:
+            raise DataError(f"video {score.video_id!r} occurs twice")
+        out[score.video_id] = score
+    return out
+
+
+def _table(scores: Sequence[VideoScore]) -> Counts:
+    """One row of counts per video."""
+    if not scores:
+        raise DataError("there is no video to score")
+    return np.array([_counts(score) for score in scores], dtype=float)
+
+
+def _draws(videos: int, confidence: float, resamples: int, seed: int) -> Counts:
+    """How often each resample, a row, holds each video; no rows if videos are too few."""
+    if not 0 < confidence < 1:
+        raise PolicyError(f"confidence must be between 0 and 1, not {confidence}")
+    if resamples < 1:
+        raise PolicyError(f"resamples must be 1 or more, not {resamples}")
+    if videos < LEAST_VIDEOS:
+        return np.empty((0, videos))
+    return np.random.default_rng(seed).multinomial(videos, [1 / videos] * videos, size=resamples).astype(float)
+
+
+def _interval(values: Sequence[float | None], confidence: float) -> Interval | None:
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return None
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.array(measured), [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def _minus(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
 
 
 def _counts(score: VideoScore) -> list[float]:
@@ -234,7 +315,7 @@ def _counts(score: VideoScore) -> list[float]:
     ]
 
 
-def _rates(counts: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float | None]:
+def _rates(counts: Sequence[float] | Counts) -> dict[str, float | None]:
     spoken, references, matched, timed, off, late, similarity, silent, kept, frames, speaking = map(float, counts)
     return {
         **_f1(matched, spoken, references),
