@@ -482,6 +482,13 @@ def test_a_budget_below_what_is_protected_names_the_smallest(settings, smallest)
     stream(legal, frames(14))
 
 
+def test_the_newest_tokens_count_too():
+    """Those that a method never evicts, beside the first frame and the special tokens."""
+    with pytest.raises(BudgetError, match=r"the 24 newest .* is 45 tokens"):
+        stream(StreamSession(tiny(), policy=get_policy("h2o", budget=44, window_size=24)), frames(1))
+    stream(StreamSession(tiny(), policy=get_policy("h2o", budget=45, window_size=24)), frames(12))
+
+
 def nan(images: Tensor) -> Tensor:
     images = images.clone()
     images[0, 0, 3, 3] = math.nan

@@ -144,9 +144,11 @@ class StreamPlan:
         frames = policy.protect.kinds_recent
         if frames is None:
             known = (self.num_frames or 1) - 1
-            frames = max(known, int(kept - tokens) // (2 * SPECIALS), 1)
+            frames = max(known, int(kept - tokens - policy.protect.recent) // (2 * SPECIALS), 1)
         guard = replace(policy.protect, kinds_recent=frames)
-        least = max(tokens + SPECIALS * frames, tokens + guard.recent)
+        whole, part = divmod(guard.recent, tokens)  # frames among the newest tokens, whose special tokens are there too
+        apart = SPECIALS * (frames - whole) - max(0, part - (tokens - SPECIALS))
+        least = tokens + guard.recent + max(0, apart)
         if int(kept) >= least:
             return replace(policy, protect=guard)
         if isinstance(budget, Bytes):
@@ -155,7 +157,9 @@ class StreamPlan:
             say = f"budget_ratio={-(-1000 * least // budget.tokens) / 1000:g} ({least} tokens per layer)"
         else:
             say = f"{least} tokens per layer"
+        specials = f"the special tokens of {frames} more ({SPECIALS} each)"
+        beside = f"the {guard.recent} newest and {specials}" if guard.recent else specials
         raise BudgetError(
-            f"{policy.name}: {int(kept)} tokens per layer cannot hold the first frame ({tokens} tokens) and the "
-            f"special tokens of {frames} more ({SPECIALS} each); the smallest legal budget here is {say}"
+            f"{policy.name}: {int(kept)} tokens per layer cannot hold the first frame ({tokens} tokens) and {beside}; "
+            f"the smallest legal budget here is {say}"
         )
