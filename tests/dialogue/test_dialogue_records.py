@@ -236,6 +236,17 @@ def test_missing_files_wrong_bytes_and_repeated_videos(tmp_path: Path) -> None:
         read_records(tmp_path / "b.json")
 
 
+def test_one_wrong_record_need_not_stop_the_rest(tmp_path: Path) -> None:
+    lines = [PLAIN, PLAIN, PLAIN | {"video_id": "b", "fps": 0}, 7, PREPARED]
+    file = write(tmp_path / "a.jsonl", "\n".join([*(json.dumps(line) for line in lines), "{"]))
+    errors: list[DataError] = []
+    records = read_records(file, on_error=errors.append)
+    assert [record.video_id for record in records] == ["kitchen-1", "toy-7"]
+    assert [str(error).removeprefix(f"{file}, ")[:8] for error in errors] == [f"line {i}: " for i in (2, 3, 4, 6)]
+    with pytest.raises(DataError, match="no such file"):
+        read_records(tmp_path / "b.jsonl", on_error=errors.append)
+
+
 def test_records_without_references_can_be_asked_for() -> None:
     silent = PLAIN | {"conversation": PLAIN["conversation"][:2]}
     with pytest.raises(DataError, match="nothing to score"):

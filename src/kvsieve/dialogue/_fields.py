@@ -128,11 +128,13 @@ def read_json(file: Path) -> Any:
         raise DataError(f"{file}: not valid JSON ({error})") from None
 
 
-def read_objects(path: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+def read_objects(path: Path) -> Iterator[tuple[Path, str, dict[str, Any] | DataError]]:
     """Every object of a `.json` or `.jsonl` file, or of all such files in a folder: its file, what to call it, itself.
 
+    In place of what is no object comes the error that says so, so that the rest can still be read.
+
     Raises:
-        DataError: nothing there, an unknown kind of file, or something in it that is no object.
+        DataError: nothing there, or a file that cannot be read at all.
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
@@ -147,8 +149,8 @@ def read_objects(path: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
         empty = True
         for where, data in found:
             empty = False
-            if not isinstance(data, dict):
-                raise DataError(f"{where}: a record is an object, not {_kind(data)}")
+            if not isinstance(data, (dict, DataError)):
+                data = DataError(f"{where}: a record is an object, not {_kind(data)}")
             yield file, where, data
         if empty:
             raise DataError(f"{file} holds no record")
@@ -190,9 +192,10 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"{file}, line {number}"
             try:
-                yield where, json.loads(line)
+                data = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{where}: not valid JSON ({error})") from None
+                data = DataError(f"{where}: not valid JSON ({error})")
+            yield where, data
 
 
 def _records(file: Path) -> Iterator[tuple[str, Any]]:

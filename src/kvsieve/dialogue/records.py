@@ -7,7 +7,7 @@ out of a longer video keeps the times it had there: its frame `i` is shown at `(
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ def read_records(
     frames_root: str | Path | None = None,
     fps: float | None = None,
     need_references: bool = True,
+    on_error: Callable[[DataError], None] | None = None,
 ) -> list[VideoRecord]:
     """Read all records of a `.json` file (one object, or a list), a `.jsonl` file, or a folder of such files.
 
@@ -140,6 +141,8 @@ def read_records(
         frames_root: folder that paths of frames in the records start from; by default the folder of the file.
         fps: frames per second of records that do not say.
         need_references: refuse records in which the assistant never speaks, as there is nothing to score.
+        on_error: called with what is wrong with a record, which is then left out and the rest read; by default the
+            first wrong record ends the reading.
 
     Raises:
         DataError: a file is missing, empty or malformed, a field is missing or wrong, times go backwards, or two
@@ -149,9 +152,19 @@ def read_records(
     seen: dict[str, str] = {}
     for file, where, data in read_objects(Path(path)):
         root = file.parent if frames_root is None else Path(frames_root)
-        record = parse_record(data, where=where, root=root, fps=fps, need_references=need_references)
-        if record.key in seen:
-            raise DataError(f"{where}: {record.key} is there already ({seen[record.key]}); results would be mixed up")
+        try:
+            if isinstance(data, DataError):
+                raise data
+            record = parse_record(data, where=where, root=root, fps=fps, need_references=need_references)
+            if record.key in seen:
+                raise DataError(
+                    f"{where}: {record.key} is there already ({seen[record.key]}); results would be mixed up"
+                )
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
         seen[record.key] = where
         records.append(record)
     return records
