@@ -52,7 +52,7 @@ def losses(out: dict[str, Any], batch: Batch, point_frames: Tensor, patch: int, 
     weights = [ROUND_DISCOUNT ** (len(out["poses"]) - 1 - i) for i in range(len(out["poses"]))]
     rounds = [w * pose_error(pose, batch["pose"]) for w, pose in zip(weights, out["poses"], strict=True)]
     parts = {
-        "depth": confident(signed.abs(), out["depth_conf"], recipe.confidence),
+        "depth": confident(signed.expm1().abs(), out["depth_conf"], recipe.confidence),
         "points": confident(distance / near, out["points_conf"], recipe.confidence),
         "edges": edge_error(signed),
         "matching": torch.stack([matching_loss(q, k, places) for q, k in out["looked"].values()]).mean(),

@@ -19,7 +19,7 @@ from network import build
 from settings import SIZES, TOY, TOY_SIZES, Recipe
 from trainer import Trainer
 
-STEPS = 4000
+STEPS = 3550
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
