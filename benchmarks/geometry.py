@@ -148,10 +148,12 @@ def endless(frames: int, full_frames: int, budget: int, output: Path) -> dict[st
         late, early = statistics.median(row["seconds"][-200:]), statistics.median(row["seconds"][100:300])
         warm = 300
         summary[name] = {
-            "frames": count, "bytes_last": row["bytes"][-1], "bytes_values_after_warm_up": len(set(row["bytes"][warm:])),
+            "frames": count,
+            "bytes_last": row["bytes"][-1],
+            "bytes_values_after_warm_up": len(set(row["bytes"][warm:])),
             "rss_last_over_warm": row["rss"][-1] / row["rss"][min(warm, count - 1)],
             "seconds_last_200_over_100_to_300": late / early,
-        }  # fmt: skip
+        }
     picture = growth({name: {key: row[key] for key in ("bytes", "seconds")} for name, row in series.items()})
     (output / "growth.png").write_bytes(picture)
     return summary

@@ -20,6 +20,9 @@ __all__ = ["BLOCK_BYTES", "attend", "attend_and_count", "attend_naive", "attenti
 BLOCK_BYTES = 16 << 20
 """Upper bound on the logits of one block; 16 MiB keeps a block near the caches of a CPU core."""
 
+MANY_LOGITS = 1 << 18
+"""Logits of a head from which a processor works faster head by head."""
+
 Visible = Callable[[int, int], Tensor]
 """`visible(start, end)` -> bool `[B|1, Hkv|1, end - start, N]`: which keys these query rows may see."""
 
@@ -123,12 +126,8 @@ def attend_and_count(
     group = q.shape[1] // hkv
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     out = q.new_empty(b, hkv, group, q.shape[2], v.shape[-1])
-    if q.device.type == "cpu" and softcap is None and sinks is None and b * q.shape[1] * n * 4 * 128 > BLOCK_BYTES:
-        for i in range(b):
-            for j in range(q.shape[1]):
-                out[i, j // group, j % group] = _head_and_count(
-                    q[i, j], k[i, j // group], v[i, j // group], mass[i, j // group], reduce, scale
-                )
+    if q.device.type == "cpu" and softcap is None and sinks is None and q.shape[2] * n >= MANY_LOGITS:
+        _count_head_by_head(q, k, v, out, mass, reduce, scale)
         return out.flatten(1, 2), mass
     for s, e, _, p in _blocks(q, k, scale, None, None, softcap, sinks, None):
         out[:, :, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (group, e - s))
@@ -136,21 +135,27 @@ def attend_and_count(
     return out.flatten(1, 2), mass
 
 
-def _head_and_count(q: Tensor, k: Tensor, v: Tensor, mass: Tensor, reduce: str, scale: float | None) -> Tensor:
-    """One head, `[T, D]` over `[N, D]`, with buffers that are made once: for a processor, fresh memory for every block
-    costs as much as the products."""
-    t, n = q.shape[0], k.shape[0]
-    rows = max(16, min(256, t, BLOCK_BYTES // (4 * n)))
-    q, kt = q * (q.shape[-1] ** -0.5 if scale is None else scale), k.T
-    logits, p, out = q.new_empty(rows, n), mass.new_empty(rows, n), q.new_empty(t, v.shape[1])
-    for s in range(0, t, rows):
-        e = min(s + rows, t)
-        block, share = logits[: e - s], p[: e - s]
-        torch.mm(q[s:e], kt, out=block)
-        torch.softmax(block, -1, dtype=p.dtype, out=share)
-        out[s:e] = share.to(v.dtype) @ v
-        _count(mass[None, None], share[None, None, None], reduce)
-    return out
+def _count_head_by_head(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mass: Tensor, reduce: str, scale: float | None
+) -> None:
+    """Fill `out` `[B, Hkv, G, T, Dv]` and `mass` with one pair of buffers for all blocks: for a processor, fresh memory
+    for every block costs as much as the products."""
+    b, hkv, group, t = out.shape[:4]
+    n = k.shape[2]
+    rows = max(16, min(128, t, BLOCK_BYTES // (4 * n)))
+    logits, p = q.new_empty(rows, n), mass.new_empty(rows, n)
+    q = q.unflatten(1, (hkv, group)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    for i in range(b):
+        for j in range(hkv):
+            kt, received = k[i, j].T, mass[None, None, i, j]
+            for g in range(group):
+                for s in range(0, t, rows):
+                    e = min(s + rows, t)
+                    block, share = logits[: e - s], p[: e - s]
+                    torch.mm(q[i, j, g, s:e], kt, out=block)
+                    torch.softmax(block, -1, dtype=p.dtype, out=share)
+                    out[i, j, g, s:e] = share.to(v.dtype) @ v[i, j]
+                    _count(received, share[None, None, None], reduce)
 
 
 def _blocks(

@@ -14,6 +14,11 @@ def _blocks(request, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_BYTES", request.param)
 
 
+@pytest.fixture(params=[attention.MANY_LOGITS, 0], ids=["all heads", "head by head"])
+def _heads(request, monkeypatch):
+    monkeypatch.setattr(attention, "MANY_LOGITS", request.param)
+
+
 SHAPES = [(1, 4, 2, 40, 40, 8), (2, 6, 2, 33, 50, 16), (2, 4, 4, 1, 30, 8), (1, 8, 1, 300, 300, 4)]
 
 
@@ -50,7 +55,7 @@ def test_mass_and_output_equal_naive(shape, extra, reduce):
     )
 
 
-@pytest.mark.usefixtures("_blocks")
+@pytest.mark.usefixtures("_blocks", "_heads")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "scale"])
 @pytest.mark.parametrize("reduce", ["sum", "max", "square"])
@@ -67,7 +72,7 @@ def test_counting_on_the_way_equals_naive(shape, extra, reduce):
     torch.testing.assert_close(mass, attention_mass(q, k, None, reduce, **settings), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("_blocks")
+@pytest.mark.usefixtures("_blocks", "_heads")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_counting_on_the_way_in_other_precisions(dtype):
     torch.manual_seed(0)
