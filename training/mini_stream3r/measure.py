@@ -23,8 +23,6 @@ from torch import Tensor
 
 from data import rendered
 
-KINDS = ("stream", "first_and_self", "alone", "constant")
-
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     """The x that minimises the sum of `weights * |values - x|`."""
@@ -71,16 +69,21 @@ def scene(model: STream3R, seed: int, frames: int) -> dict[str, float]:
     stream = model(images)
     alone = model(images.transpose(0, 1))["depth"][:, 0, ..., 0]
     pairs = torch.stack([images[0, :1].expand(frames - 1, -1, -1, -1), images[0, 1:]], 1)
-    paired = torch.cat([alone[:1], model(pairs)["depth"][:, 1, ..., 0]])
+    paired = model(pairs)
+    paired_depth = torch.cat([alone[:1], paired["depth"][:, 1, ..., 0]])
+    paired_pose = torch.cat([stream["pose_enc"][0, :1], paired["pose_enc"][:, 1]])
+    of_pair = pose_errors(paired_pose, batch["pose"][0])
     point_error = (stream["world_points"][0] - batch["points"][0]).norm(dim=-1)
     return {
         "stream": absrel(stream["depth"][0, ..., 0], truth),
-        "first_and_self": absrel(paired, truth),
+        "first_and_self": absrel(paired_depth, truth),
         "alone": absrel(alone, truth),
         "constant": best_constant(truth),
         "point_error": point_error.mean().item(),
         "point_error_late": point_error[frames // 2 :].mean().item(),
         "log_depth_late": (stream["depth"][0, ..., 0].log() - truth.log())[frames // 2 :].abs().mean().item(),
+        "rotation_degrees_first_and_self": of_pair["rotation_degrees"],
+        "translation_first_and_self": of_pair["translation"],
     } | pose_errors(stream["pose_enc"][0], batch["pose"][0])
 
 
