@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,6 +309,30 @@ def test_bytes_are_constant_once_the_budget_is_full(name):
     budget = 105 if name == "layerwise" else 80
     assert seen[-1][0] == (budget + TOKENS) * EACH
     assert report["bytes_spare"] == TOKENS * EACH
+
+
+@pytest.mark.slow
+def test_a_long_stream_stays_where_it_is():
+    """Bytes to the byte, and the memory of the process, over 400 frames after 100 to get there."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the memory of a process is read from /proc")
+    session = StreamSession(
+        tiny(), policy=get_policy("evict3r", budget=80), predictions="last",
+        camera_policy=get_policy("sink_recent", sink_tokens=1, budget=16),
+    )  # fmt: skip
+    images, held, memory = frames(10), set(), []
+    for i in range(500):
+        session.forward_stream(images[i % 10][None])
+        if i >= 100:
+            report = session.report()
+            held.add((report["bytes_held"], report["bytes_ledger"], report["camera"]["bytes_held"]))
+            memory.append(resident())
+    assert len(held) == 1
+    assert max(memory[-50:]) <= 1.05 * max(memory[:50])
 
 
 def test_a_budget_in_bytes_holds_between_frames():
