@@ -382,12 +382,14 @@ class KVLayer:
         if self.group is not None:
             self.group.forget(self)
         keep = self.store.live & (self.store.read(POSITION) < self.seen - count)
+        taken = torch.full_like(self.real_seen, count)
+        if self.has_pads:  # padding among them was never counted as real
+            pads = (self.store.read(POSITION) >= self.seen - count) & (self.store.read(KIND) == Kind.PAD)
+            taken -= (pads & self.store.live)[:, 0].sum(-1).cpu()
         fresh = self.store.new
         self.store = self.store.keep(keep)
         self.seen -= count
-        if self.has_pads or bool(self.first.any()):
-            raise_if_padded_tail(self, count)
-        self.real_seen = self.real_seen - count
+        self.real_seen = self.real_seen - taken
         self.store.new = max(fresh - count, 0)
         self.commit(rejected=min(count, held_back))
 
@@ -400,12 +402,6 @@ class KVLayer:
     def pending(self) -> bool:
         """Whether a forward pass waits for `commit`."""
         return self._pending is not None
-
-
-def raise_if_padded_tail(layer: KVLayer, count: int) -> None:
-    """Cropped tokens must be real, or the count of real tokens would go wrong."""
-    if bool((layer.real_seen < count).any()):
-        raise UnsupportedOperationError("cannot take back padding tokens")
 
 
 def _per_head(values: Tensor, b: int, h: int, t: int) -> Tensor:

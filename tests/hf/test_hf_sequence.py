@@ -246,7 +246,6 @@ def test_crop_is_all_or_nothing():
     assert [layer.core.seen for layer in cache.managed] == [14, 14]
 
 
-@pytest.mark.xfail(strict=True, reason="the core counts cropped padding as real tokens")
 def test_crop_of_padding():
     """Padding among the last tokens is taken back like any token, and was never counted."""
     ids, mask = models.words(2, 12), torch.ones(2, 12, dtype=torch.long)
