@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import kvsieve
@@ -221,6 +222,18 @@ def test_a_small_model_runs_on_one_thread_unless_told(asked, images, model, monk
     monkeypatch.setattr("kvsieve.cli_geometry._SMALL", 1000)
     invoke("--images", images, "--model", model)
     assert told == [1]
+
+
+def test_a_tracker_in_the_weights_is_left_out_on_request(asked, images, model, tmp_path):
+    other = tmp_path / "with_tracker"
+    other.mkdir()
+    (other / "config.json").write_text((model / "config.json").read_text())
+    save_file(load_file(model / "model.safetensors") | {"track_head.x": torch.zeros(2)}, other / "model.safetensors")
+    refused = invoke("--images", images, "--model", other)
+    assert refused.exit_code == 2
+    assert "skip_track_head" in refused.output
+    assert not asked
+    assert "far enough" in invoke("--images", images, "--model", other, "--skip-track-head").stderr
 
 
 def test_help_says_what_there_is():

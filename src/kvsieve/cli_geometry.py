@@ -73,6 +73,9 @@ def geometry(
     preprocess: Annotated[str, typer.Option(help="crop or pad pictures to the model's size.")] = "crop",
     frames: Annotated[int | None, typer.Option(help="Frames, at most. [demo: 24]")] = None,
     scenes: Annotated[int | None, typer.Option(help="Scenes of the demo. [default: 4]")] = None,
+    skip_track_head: Annotated[
+        bool, typer.Option("--skip-track-head", help="Leave out the point tracker of VGGT and StreamVGGT checkpoints.")
+    ] = False,
     save_points: Annotated[bool, typer.Option(help="Write point clouds as PLY and GLB.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of random eviction, samples, intervals and the demo's scenes.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: a GPU if there is one]")] = None,
@@ -100,7 +103,7 @@ def geometry(
     from .report.plots import has_matplotlib
     from .report.terminal import make_console
 
-    loaded = _load(model, device)
+    loaded = _load(model, device, skip_track_head)
     _few_threads(loaded)
     sequences, count = _frames(images, loaded, preprocess, frames, scenes, seed)
     asked = Asked(
@@ -189,7 +192,7 @@ def _ratios(text: str | None) -> tuple[float, ...]:
         raise BudgetError(f"--budget-ratio {text}: a share of the stream such as 0.5, or several with commas") from None
 
 
-def _load(name: str, device: str | None) -> STream3R:
+def _load(name: str, device: str | None, skip_track_head: bool) -> STream3R:
     from . import zoo
     from ._compare.identity import find_device
     from .geometry import STream3R
@@ -201,7 +204,7 @@ def _load(name: str, device: str | None) -> STream3R:
             raise PolicyError(f"{name} is a model of text; reconstruction needs {known}, a folder or a Hub id")
         loaded: STream3R = zoo.load(name, device=where)
         return loaded
-    return STream3R.from_pretrained(name, device=where, skip_track_head=True)
+    return STream3R.from_pretrained(name, device=where, skip_track_head=skip_track_head)
 
 
 def _few_threads(model: STream3R) -> None:
