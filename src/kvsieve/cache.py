@@ -15,8 +15,8 @@ from .errors import PolicyError, UnsupportedModelError, UnsupportedOperationErro
 from .hf_rotary import rotary_of
 from .joint import LayerGroup
 from .layer import KVLayer
-from .ledger import KEY, POSITION, VALUE
-from .measure import measure, real_tokens
+from .ledger import KEY, VALUE
+from .measure import kept_positions, measure
 from .policy import Policy
 from .rope import Rotary
 from .store import DenseStore
@@ -319,12 +319,7 @@ class SieveCache(Cache):
         found = self.layers[layer]
         if not isinstance(found, SieveLayer):
             raise UnsupportedOperationError(f"layer {layer} is not managed ({type(found).__name__})")
-        if not found.core.seen:
-            return torch.empty(0, 0, 0, dtype=torch.long)
-        real = real_tokens(found.core)
-        behind = torch.iinfo(torch.long).max
-        table = torch.where(real, found.core.store.read(POSITION).long(), behind).sort(-1).values
-        return table.masked_fill(table == behind, -1)[..., : int(real.sum(-1).max())]
+        return kept_positions(found.core)
 
     # ---- storage
 

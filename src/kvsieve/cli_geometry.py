@@ -256,25 +256,9 @@ def _progress(console: Console) -> tuple[Any, Progress]:
     """A bar; where nobody watches, the name of each run."""
     if not console.is_terminal:
         return nullcontext(), _announce(console)
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from .report.terminal import make_bar
 
-    bar = Progress(
-        TextColumn("{task.description:<28}", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        expand=True,
-        console=console,
-    )
+    bar = make_bar(console, 28)
     task = bar.add_task("starting", total=None)
     return bar, lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .layer import KVLayer
-from .ledger import KEY, KIND, VALUE, Kind
+from .ledger import KEY, KIND, POSITION, VALUE, Kind
 
-__all__ = ["measure", "real_tokens"]
+__all__ = ["kept_positions", "measure", "real_tokens"]
 
 
 def measure(layers: Sequence[KVLayer]) -> dict[str, Any]:
@@ -38,6 +39,17 @@ def measure(layers: Sequence[KVLayer]) -> dict[str, Any]:
         "compression_ratio": 1 - sum(tokens.values()) / sum(full.values()) if sum(full.values()) else 0.0,
         "evictions": sum(layer.evictions for layer in used),
     }
+
+
+def kept_positions(layer: KVLayer) -> Tensor:
+    """`[B, Hkv, N]` int64 original positions of the real tokens that a layer holds, ascending; -1 behind the last token
+    of heads that hold fewer. Empty before the first token."""
+    if not layer.seen:
+        return torch.empty(0, 0, 0, dtype=torch.long)
+    real = real_tokens(layer)
+    behind = torch.iinfo(torch.long).max
+    table = torch.where(real, layer.store.read(POSITION).long(), behind).sort(-1).values
+    return table.masked_fill(table == behind, -1)[..., : int(real.sum(-1).max())]
 
 
 def real_tokens(layer: KVLayer) -> Tensor:

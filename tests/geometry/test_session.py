@@ -128,7 +128,7 @@ class Replay:
     def empty(self) -> bool:
         return self.frame == 0
 
-    def begin(self, batch: int, count: int, tokens: int) -> None:
+    def begin(self, batch: int, count: int, size: tuple[int, int], tokens: int) -> None:
         self.frame += 1
 
     def finish(self) -> None:

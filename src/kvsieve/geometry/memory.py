@@ -38,6 +38,7 @@ class Memory:
         self.trunk: list[KVLayer] = []
         self.camera: list[KVLayer] = []
         self.policy: Policy | None = None
+        self.size = (0, 0)
         self.batch = self.tokens_per_frame = self.frames = self._arriving = 0
 
     @property
@@ -47,8 +48,9 @@ class Memory:
 
     # ---- one forward pass of the model
 
-    def begin(self, batch: int, frames: int, tokens: int) -> None:
-        """`frames` new frames of `tokens` tokens each are about to come in for `batch` streams.
+    def begin(self, batch: int, frames: int, size: tuple[int, int], tokens: int) -> None:
+        """`frames` new frames are about to come in for `batch` streams, each of `size` (height, width) pixels and
+        `tokens` tokens.
 
         Raises:
             DataError: the stream has frames of another size, or another number of streams.
@@ -57,10 +59,10 @@ class Memory:
         if self._arriving:
             raise UnsupportedOperationError("an earlier frame was interrupted half-way; clear() the session")
         if self.empty:
-            self.prepare(batch, tokens)
-        elif tokens != self.tokens_per_frame:
+            self.prepare(batch, size, tokens)
+        elif size != self.size:
             raise DataError(
-                f"the stream has {self.tokens_per_frame} tokens per frame, these frames have {tokens}: images must "
+                f"the stream has frames of {self.size} pixels (height, width), these have {size}: images must "
                 "keep their size within a stream; clear() the session or open another one"
             )
         elif batch != self.batch:
@@ -77,11 +79,11 @@ class Memory:
         self.frames += self._arriving
         self._arriving = 0
 
-    def prepare(self, batch: int, tokens: int) -> None:
+    def prepare(self, batch: int, size: tuple[int, int], tokens: int) -> None:
         """Make the layers."""
         plan, n = self.plan, self.camera_depth * ITERATIONS
         policy, camera, group = plan.trunk(tokens, batch * self.each), plan.camera(), LayerGroup()
-        self.policy, self.batch, self.tokens_per_frame = policy, batch, tokens
+        self.policy, self.batch, self.size, self.tokens_per_frame = policy, batch, size, tokens
         self.trunk = [
             KVLayer(policy, i, i, self.depth, group=group, window=plan.window, room=tokens) for i in range(self.depth)
         ]

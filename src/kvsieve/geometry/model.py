@@ -124,7 +124,7 @@ class STream3R(nn.Module):
             layers = self.aggregator(images, lambda _: trunk, wanted)
             poses = self.camera_head(layers[last][:, :, 0], lambda *_: head)
         else:
-            memory.begin(images.shape[0], frames, self.tokens_per_frame(height, width))
+            memory.begin(images.shape[0], frames, (height, width), self.tokens_per_frame(height, width))
             layers = self.aggregator(images, memory.trunk_attention, wanted, first=memory.empty)
             poses = self.camera_head(layers[last][:, :, 0], memory.camera_attention)
             memory.finish()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError, PolicyError, UnsupportedOperationError
+from ..errors import PolicyError, UnsupportedOperationError
 from ..layer import KVLayer
 from ..ledger import KEY, POSITION, VALUE
-from ..measure import measure
+from ..measure import kept_positions, measure
 from ..policy import Policy
 from .camera import ITERATIONS
 from .images import check_images
@@ -86,7 +86,6 @@ class StreamSession:
         weight = next(model.aggregator.global_blocks.parameters())
         depth, width = model.config["depth"], model.config["embed_dim"]
         self.memory = Memory(self.plan, depth, model.config["camera_depth"], 2 * depth * width * weight.element_size())
-        self.image_size: tuple[int, int] | None = None
 
     # ---- the stream
 
@@ -107,25 +106,16 @@ class StreamSession:
             BudgetError: at the first frame, a budget below what is protected.
         """
         check_images(images, self.model.patch_size)
-        images = images[None] if images.dim() == 4 else images
-        size = (images.shape[-2], images.shape[-1])
-        if self.image_size not in (None, size):
-            raise DataError(
-                f"the stream has frames of {self.image_size} pixels (height, width), these have {size}: images must "
-                "keep their size within a stream; clear() the session or open another one"
-            )
         weight = next(self.model.parameters())
         first = self.memory.frames
         out = self.model(images.to(weight.device, weight.dtype), memory=self.memory)
         out.pop("pose_enc_list", None)
-        self.image_size = size
         return self.kept.add(first, out)
 
     def clear(self) -> None:
         """Forget the stream and its predictions; the settings stay."""
         self.memory.reset()
         self.kept.clear()
-        self.image_size = None
 
     # ---- predictions
 
@@ -195,14 +185,11 @@ class StreamSession:
             `frame` and `place`, `[B, H, N]` int64 in order of arrival: index of the frame, and of the token in it
             (special tokens first); -1 behind the last token of heads that hold fewer.
         """
-        core = self.memory.trunk[layer] if self.memory.trunk else None
-        if core is None or not core.seen:
+        if not self.memory.trunk:
             empty = torch.empty(0, 0, 0, dtype=torch.long)
             return {"frame": empty, "place": empty}
-        position = core.store.read(POSITION).long().masked_fill(~core.store.live, torch.iinfo(torch.long).max)
-        position = position.sort(-1).values
-        behind = position == torch.iinfo(torch.long).max
-        per = self.memory.tokens_per_frame
+        position, per = kept_positions(self.memory.trunk[layer]), self.memory.tokens_per_frame
+        behind = position < 0
         return {
             "frame": (position // per).masked_fill(behind, -1),
             "place": (position % per).masked_fill(behind, -1),

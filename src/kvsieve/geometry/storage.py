@@ -40,7 +40,7 @@ def save_session(session: StreamSession, path: str | Path) -> None:
         "frames": memory.frames,
         "batch": memory.batch,
         "tokens_per_frame": memory.tokens_per_frame,
-        "size": session.image_size,
+        "size": memory.size,
     }
     write_file(path, _FORMAT, header, tensors)
 
@@ -65,11 +65,10 @@ def restore(session: StreamSession, header: dict[str, Any], tensors: dict[str, T
     if not header["frames"]:
         return
     memory, device = session.memory, next(session.model.parameters()).device
-    memory.prepare(header["batch"], header["tokens_per_frame"])
+    memory.prepare(header["batch"], (header["size"][0], header["size"][1]), header["tokens_per_frame"])
     memory.frames = header["frames"]
     for part, cores in (("trunk", memory.trunk), ("camera", memory.camera)):
         for core, entry in zip(cores, header["layers"][part], strict=True):
             unpack_layer(core, entry, tensors, f"{part}.{core.layer_idx}.", device)
-    session.image_size = (header["size"][0], header["size"][1])
     prefix = "predictions."
     session.kept.restore({k[len(prefix) :]: v.to(device) for k, v in tensors.items() if k.startswith(prefix)})

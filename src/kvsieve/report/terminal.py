@@ -23,7 +23,7 @@ from .tables import HOW_TO_READ, terminal_table
 if TYPE_CHECKING:
     from .._compare.plan import Plan
 
-__all__ = ["TerminalWatcher", "make_console", "print_summary"]
+__all__ = ["TerminalWatcher", "make_bar", "make_console", "print_summary"]
 
 
 class TerminalWatcher(Watcher):
@@ -31,16 +31,7 @@ class TerminalWatcher(Watcher):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar = Progress(
-            TextColumn("{task.description:<20}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            expand=True,
-            console=console,
-        )
+        self._bar = make_bar(console, 20)
         self._task: TaskID | None = None
         self._method = ""
 
@@ -78,6 +69,20 @@ class TerminalWatcher(Watcher):
             self._bar.advance(self._task)
         if row["status"] != "ok":
             self.console.print(f"{row['method']} failed on {row['sample']}: {row['error']}", style="red", markup=False)
+
+
+def make_bar(console: Console, width: int) -> Progress:
+    """A progress bar; `width`: characters for the name of what is at work."""
+    return Progress(
+        TextColumn(f"{{task.description:<{width}}}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        expand=True,
+        console=console,
+    )
 
 
 def make_console(stderr: bool = False) -> Console:
