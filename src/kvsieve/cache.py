@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from . import hf
+from .budgets import Budget, parse_budget
 from .errors import PolicyError, UnsupportedModelError, UnsupportedOperationError
 from .hf_rotary import rotary_of
 from .joint import LayerGroup
@@ -20,6 +22,7 @@ from .measure import kept_positions, measure
 from .policy import Policy
 from .rope import Rotary
 from .store import DenseStore
+from .triggers import EveryForward, OnRequest
 from .view import Visibility
 
 __all__ = ["SieveCache", "SieveLayer"]
@@ -37,6 +40,7 @@ class SieveLayer(CacheLayerMixin):
         self.core = core
         self.record_past = False
         self.hidden: Tensor | None = None
+        self.labels: tuple[Tensor | None, int | None] = (None, None)
         self._awaiting = False
 
     @property
@@ -61,7 +65,8 @@ class SieveLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.core.append(key_states, value_states)
+        self.core.append(key_states, value_states, *self.labels)
+        self.labels = (None, None)
         self._awaiting = True
         store = self.core.store
         dense = isinstance(store, DenseStore)
@@ -173,6 +178,7 @@ class SieveLayer(CacheLayerMixin):
         self.core.reset()
         self.is_initialized = self._awaiting = self.record_past = False
         self.hidden = None
+        self.labels = (None, None)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -207,18 +213,26 @@ class SieveCache(Cache):
     Args:
         model: a decoder-only model, or a vision-language model with one.
         policy: what to keep, from `kvsieve.get_policy`.
-        positions: `"original"`: kept keys keep their rotation. `"slot"`: gaps are closed, so that a stream can run
-            past the length the model was trained for.
+        positions: `"original"`: kept keys keep their rotation. `"slot"`: gaps are closed towards the newest token, so
+            that a stream can run past the length the model was trained for; keys are rotated as they are read, every
+            time from the key as it came. `"contiguous"`: gaps are closed towards the oldest token, once, by `evict`;
+            what comes next is to be fed with `position_ids` that begin at `next_position`. For a host that does so
+            and for a policy with `when="request"`; a key is rounded once for every `evict` that moves it.
 
     Raises:
         UnsupportedModelError: the model has nothing that can be managed, or its rotary positions cannot be shifted.
+        PolicyError: the policy does not go with these positions.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy, positions: str = "original") -> None:
-        if positions not in ("original", "slot"):
-            raise PolicyError(f'positions={positions!r} is not "original" or "slot"')
+        if positions not in ("original", "slot", "contiguous"):
+            raise PolicyError(f'positions={positions!r} is not "original", "slot" or "contiguous"')
         if not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a Policy, such as get_policy('snapkv', budget=0.5), not {policy!r}")
+        if positions == "contiguous" and not isinstance(policy.trigger, OnRequest):
+            raise PolicyError(f'{policy.name}: positions="contiguous" needs a policy made with when="request"')
+        if positions == "contiguous" and policy.scorer.wants_rope:
+            raise PolicyError(f'{policy.name} reckons with the positions tokens came with; use positions="slot"')
         hf.check_model(model)
         config = hf.text_config(model)
         stock = DynamicCache(config=config).layers
@@ -228,7 +242,7 @@ class SieveCache(Cache):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no full-attention layer to manage (its layers are: {kinds})"
             )
-        scorer, slot = policy.scorer, positions == "slot"
+        scorer, slot = policy.scorer, positions != "original"
         rope: Rotary | None = rotary_of(model, managed, slot) if slot or scorer.wants_rope else None
         scorer.check_model(config)
         hf.enable(model)
@@ -292,6 +306,53 @@ class SieveCache(Cache):
         memo[id(self)] = twin
         twin.layers = copy.deepcopy(self.layers, memo)
         return twin
+
+    # ---- what a host calls that evicts when it sees fit
+
+    @property
+    def next_position(self) -> int:
+        """Position of the next token to be fed: how many were fed, or, with `positions="contiguous"`, the first one
+        behind what is held."""
+        core = self.managed[0].core
+        return core.next_place if self.positions == "contiguous" else core.seen
+
+    def label(self, segment: int | None = None, kind: Tensor | None = None) -> None:
+        """Say what the tokens of the next forward pass are.
+
+        Args:
+            segment: the frame or turn they belong to.
+            kind: `[T]` or `[B, T]` uint8 of `kvsieve.ledger.Kind`.
+        """
+        for layer in self.managed:
+            layer.labels = (kind, segment)
+
+    def evict(self, budget: Budget | float | int | str | None = None) -> None:
+        """Evict now, for a policy made with `when="request"`.
+
+        Args:
+            budget: what may stay this time, as in `get_policy`; by default the policy's own.
+
+        Raises:
+            PolicyError: the policy has another trigger, which decides by itself.
+            BudgetError: more than that is protected.
+        """
+        if not isinstance(self.policy.trigger, OnRequest):
+            raise PolicyError(f'{self.policy.name} evicts by itself; make it with when="request" to say when')
+        amount = self.policy.budget if budget is None else parse_budget(budget)
+        now = replace(self.policy, budget=amount, trigger=EveryForward())
+        cores = [layer.core for layer in self.managed]
+        try:
+            for core in cores:
+                core.policy = now
+            for core in cores:
+                core.evict()
+        finally:
+            for core in cores:
+                core.policy = self.policy
+        if self.positions == "contiguous":
+            longest = max(core.store.longest for core in cores)
+            for core in cores:
+                core.place(longest)
 
     # ---- what it costs
 

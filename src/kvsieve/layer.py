@@ -18,10 +18,11 @@ from torch import Tensor
 from .attention import Visible, attend, attend_and_count, attention_mass
 from .errors import UnsupportedOperationError
 from .joint import LayerGroup
-from .ledger import KEY, KIND, POSITION, SEGMENT, VALUE, Kind
+from .ledger import KEY, KIND, PLACE, POSITION, SEGMENT, VALUE, Kind
 from .policy import Policy
 from .rope import Rotary
 from .store import DenseStore, RaggedStore, Store
+from .triggers import OnRequest
 from .view import LayerView, Visibility
 
 __all__ = ["KVLayer"]
@@ -55,7 +56,8 @@ class KVLayer:
         policy: what to keep; shared freely between layers and caches, it has no state.
         layer_idx: index among the model's layers.
         rank, n_layers: index among the managed layers, and how many those are.
-        positions: `"original"` or `"slot"` (gaps closed towards the newest token; needs `rope`).
+        positions: `"original"`, `"slot"` (gaps closed towards the newest token) or `"contiguous"` (gaps closed towards
+            the oldest, by `place`); the last two need `rope`.
         rope: the model's rotary embedding, for `"slot"` positions and scorers that ask for it.
         group: the layers that are cut together, where the policy asks for that; a layer on its own needs none.
         window: segments older than the last `window` leave, whatever the policy says; the first one, and what the
@@ -101,6 +103,8 @@ class KVLayer:
         self.new_keys = torch.empty(0)
         self.new_kind: Tensor | None = None
         self._pending: _Forward | None = None
+        self._latest: _Forward | None = None
+        self.next_place = 0
         self._collected: tuple[str, Tensor] | None = None
         if self.group is not None:
             self.group.forget(self)
@@ -119,7 +123,7 @@ class KVLayer:
         """A copy of the sequence; policy and model parts are shared."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        for name in ("store", "state", "real_seen", "first", "new_keys", "_pending", "_collected", "group"):
+        for name in ("store", "state", "real_seen", "first", "new_keys", "_pending", "_latest", "_collected", "group"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -153,6 +157,10 @@ class KVLayer:
             )
         position = torch.arange(self.seen, self.seen + t, dtype=torch.int32, device=keys.device)
         new = {KEY: keys, VALUE: values, POSITION: position.expand(b, h, t)}
+        if self.positions == "contiguous":
+            place = torch.arange(self.next_place, self.next_place + t, dtype=torch.int32, device=keys.device)
+            new[PLACE] = place.expand(b, h, t)
+        self.next_place += t
         self.new_kind = kind
         if kind is not None:
             new[KIND] = _per_head(kind.to(torch.uint8), b, h, t)
@@ -215,8 +223,18 @@ class KVLayer:
         hidden = None if forward.hidden is None else forward.hidden[:, :count]
         self.new_keys = self.new_keys[:, :, :count]
         collected = None if rejected else forward.collected
-        view = LayerView(self, queries, replace(forward.visibility, count=count), hidden, collected)
+        forward = _Forward(queries, replace(forward.visibility, count=count), hidden, collected)
+        view = self._view(forward)
         self.policy.scorer.observe(view)
+        if isinstance(self.policy.trigger, OnRequest):
+            self._latest = forward
+            return
+        self._decide(view)
+
+    def _view(self, forward: _Forward) -> LayerView:
+        return LayerView(self, forward.queries, forward.visibility, forward.hidden, forward.collected)
+
+    def _decide(self, view: LayerView) -> None:
         if self.group is None:
             self.cut(view)
         else:
@@ -227,6 +245,37 @@ class KVLayer:
         layers, this one has nothing to settle, while those before it hold the very same pass back."""
         if self._pending is not None:
             self.commit() if self.group is None else self.group.commit()
+
+    def evict(self) -> None:
+        """Evict now, as if the forward pass that came last had just ended; for policies whose trigger is `OnRequest`,
+        with another trigger put in its place."""
+        self.settle()
+        if self.seen:
+            latest = self._latest or _Forward(None, Visibility(self.seen, 0), None, None)
+            self._decide(self._view(replace(latest, collected=None)))
+
+    def place(self, length: int) -> None:
+        """Rotate what is held to the positions up to `length`, without gaps, and go on from there. For
+        `positions="contiguous"`; layers and heads that hold less than `length` begin later."""
+        assert self.rope is not None
+        moved, self.next_place = length - self.next_place, length
+        if not self.seen or not moved:
+            return
+        live = self.store.live
+        positions = self.store.read(POSITION).long().masked_fill(~live, torch.iinfo(torch.int64).max)
+        target = positions.argsort(-1).argsort(-1) + (length - live.sum(-1, keepdim=True))
+        keys = self._shifted((target - self.store.read(PLACE)).masked_fill(~live, 0))
+        if isinstance(self.store, DenseStore):
+            self.store.columns[KEY][:, :, : self.store.longest] = keys
+            self.store.columns[PLACE][:, :, : self.store.longest] = target
+        else:
+            self.store.columns[KEY] = keys
+            self.store.columns[PLACE] = self._flat(target, live).to(torch.int32)
+        if "queries" in self.state:  # the latest ones, which lie where the latest keys do
+            queries = self.state["queries"]
+            shift = torch.full(queries.shape[:3], moved, device=queries.device)
+            self.state["queries"] = self.rope.shift(queries, shift)
+        self._latest = None
 
     def cut(self, view: LayerView, counts: Tensor | None = None) -> None:
         """Let go of what the policy does not keep; `counts` as in `Policy.keep`."""
@@ -288,16 +337,26 @@ class KVLayer:
     def attended_keys(self) -> Tensor:
         """Keys as attention sees them: `[B, Hkv, N, D]` of a dense store, `[total, D]` of a ragged one."""
         dense = isinstance(self.store, DenseStore)
-        keys = self.store.read(KEY) if dense else self.store.columns[KEY]
         if self.positions != "slot" or self.rope is None or not self.evictions:
-            return keys
-        shift = self._shifts()
-        if isinstance(self.store, RaggedStore):
-            index, live = self.store._padded()
-            flat = torch.zeros(keys.shape[0], dtype=torch.long, device=keys.device)
-            flat[index[live]] = shift[live]
-            return self.rope.shift(keys[None, None], flat[None, None])[0, 0]
-        return self.rope.shift(keys, shift)
+            return self.store.read(KEY) if dense else self.store.columns[KEY]
+        return self._shifted(self._shifts())
+
+    def _shifted(self, shift: Tensor) -> Tensor:
+        """Keys rotated on by `shift` `[B, Hkv, N]`, laid out as in `attended_keys`."""
+        assert self.rope is not None
+        if isinstance(self.store, DenseStore):
+            return self.rope.shift(self.store.read(KEY), shift)
+        return self.rope.shift(self.store.columns[KEY][None, None], self._flat(shift, self.store.live)[None, None])[
+            0, 0
+        ]
+
+    def _flat(self, values: Tensor, live: Tensor) -> Tensor:
+        """`[B, Hkv, N]` -> `[total]`, as a ragged store lays its tokens out."""
+        assert isinstance(self.store, RaggedStore)
+        index, _ = self.store._padded()
+        flat = values.new_zeros(self.store.columns[KEY].shape[0])
+        flat[index[live]] = values[live]
+        return flat
 
     def _shifts(self) -> Tensor:
         """`[B, Hkv, N]`: how many evicted tokens are newer than each held token; gaps close towards the newest."""
@@ -389,6 +448,8 @@ class KVLayer:
         fresh = self.store.new
         self.store = self.store.keep(keep)
         self.seen -= count
+        self.next_place -= count
+        self._latest = None
         self.real_seen = self.real_seen - taken
         self.store.new = max(fresh - count, 0)
         self.commit(rejected=min(count, held_back))

@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["KEY", "KIND", "POSITION", "SEGMENT", "VALUE", "ColumnSpec", "Kind"]
+__all__ = ["KEY", "KIND", "PLACE", "POSITION", "SEGMENT", "VALUE", "ColumnSpec", "Kind"]
 
 KEY, VALUE = "key", "value"
 POSITION = "position"
 """Column index of the token in what was fed to the model (padding counted), int32."""
+PLACE = "place"
+"""Position that the key is rotated to, int32; present where that is not the position it came with."""
 KIND = "kind"
 """What the token is (`Kind`), uint8; present once a host has said so."""
 SEGMENT = "segment"
@@ -41,6 +43,7 @@ class ColumnSpec(NamedTuple):
 
 SPECS = {
     POSITION: ColumnSpec(torch.int32, -1),
+    PLACE: ColumnSpec(torch.int32, -1),
     KIND: ColumnSpec(torch.uint8, int(Kind.TEXT)),
     SEGMENT: ColumnSpec(torch.int32, 0),
 }

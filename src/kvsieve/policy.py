@@ -228,7 +228,8 @@ def get_policy(
             `max(1, int(n * (1 - compression_ratio)))`.
         threshold: instead of `budget`: a token stays while its score is at least this.
         window: the last `window` tokens are never evicted (overrides the method's own window).
-        when: `"prefill"` (default for ratios), `"every_forward"` (default otherwise), `"every:N"`, `"over:N"`.
+        when: `"prefill"` (default for ratios), `"every_forward"` (default otherwise), `"every:N"`, `"over:N"`,
+            `"request"` (only when `SieveCache.evict` is called).
         share: `"uniform"`, `"pyramid"`, `"across_heads"`, `"layer_variance"`, or a `Share`; by default the method's
             own.
         protect: replaces the method's protection altogether.

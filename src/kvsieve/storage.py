@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load_cache", "pack_layer", "read_file", "save_cache", "unpack_layer", "write_file"]
 
-_FORMAT = "kvsieve-cache-2"
-_PLAIN = ("seen", "segment", "evictions", "evicted_at", "has_pads", "padded")
+_FORMAT = "kvsieve-cache-3"
+_PLAIN = ("seen", "segment", "evictions", "evicted_at", "next_place", "has_pads", "padded")
 
 
 def save_cache(cache: SieveCache, path: str) -> None:

@@ -10,7 +10,16 @@ from .errors import PolicyError
 if TYPE_CHECKING:
     from .view import LayerView
 
-__all__ = ["AfterPrefill", "Between", "EveryForward", "EveryTokens", "OverLength", "Trigger", "parse_trigger"]
+__all__ = [
+    "AfterPrefill",
+    "Between",
+    "EveryForward",
+    "EveryTokens",
+    "OnRequest",
+    "OverLength",
+    "Trigger",
+    "parse_trigger",
+]
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,16 @@ class OverLength(Trigger):
         return view.held > self.n
 
 
+@dataclass(frozen=True)
+class OnRequest(Trigger):
+    """Never by itself: only when the host calls `SieveCache.evict`."""
+
+    def fires(self, view: LayerView) -> bool:
+        return False
+
+
 def parse_trigger(when: str | Trigger) -> Trigger:
-    """`"prefill"`, `"every_forward"`, `"every:N"`, `"over:N"`, or a `Trigger` as it is."""
+    """`"prefill"`, `"every_forward"`, `"every:N"`, `"over:N"`, `"request"`, or a `Trigger` as it is."""
     if isinstance(when, Trigger):
         return when
     head, _, number = str(when).partition(":")
@@ -86,6 +103,8 @@ def parse_trigger(when: str | Trigger) -> Trigger:
         return AfterPrefill()
     if head == "every_forward" and not number:
         return EveryForward()
+    if head == "request" and not number:
+        return OnRequest()
     if head in ("every", "over") and number.isdigit():
         return (EveryTokens if head == "every" else OverLength)(int(number))
-    raise PolicyError(f'when={when!r} is not one of "prefill", "every_forward", "every:N", "over:N"')
+    raise PolicyError(f'when={when!r} is not one of "prefill", "every_forward", "every:N", "over:N", "request"')

@@ -32,6 +32,7 @@ VIDEO = VideoPrediction(
     references=(Utterance(6.2, "Die R\u00e4der, bitte!", 1),),
     summaries=(Summary(9.0, 7, "Wheels done.", "Summarise."),),
     events=({"frame": 7, "tokens_before": 140, "tokens_after": 80},),
+    cache_tokens=(120, 140, 80),
 )
 RUN = Predictions(
     "drop_middle", (VIDEO, VideoPrediction("toy-8", 2.0, 0, status="failed", error="no frames")), {"n": 1}
@@ -61,8 +62,22 @@ def test_names_in_the_file(tmp_path: Path) -> None:
     }
     assert data["videos"][0]["references"][0]["ref"] == "Die R\u00e4der, bitte!"
     assert data["videos"][0]["summaries"][0]["summary"] == "Wheels done."
+    assert data["videos"][0]["cache_tokens"] == [120, 140, 80]
+    assert data["videos"][1]["cache_tokens"] == []
     assert data["videos"][1]["status"] == "failed"
     assert data["videos"][1]["key"] == "toy-8"
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_files_without_cache_sizes_can_be_read(tmp_path: Path, missing: bool) -> None:
+    file = write_predictions(RUN, tmp_path)
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if missing:
+        del data["videos"][0]["cache_tokens"]
+    else:
+        data["videos"][0]["cache_tokens"] = None
+    file.write_text(json.dumps(data), encoding="utf-8")
+    assert read_predictions(file) == replace(RUN, videos=(replace(VIDEO, cache_tokens=()), RUN.videos[1]))
 
 
 def test_scores_come_from_the_file_alone(tmp_path: Path) -> None:
@@ -104,6 +119,10 @@ def test_writing_refuses(tmp_path: Path) -> None:
         ("videos.0.references.0.timestamp_in_stream", "1", r"references\[0\]: timestamp_in_stream must be a number"),
         ("videos.0.summaries.0.frame_idx_in_stream", 0.5, r"summaries\[0\]: frame_idx_in_stream is 0.5"),
         ("videos.0.events", [1], r"events\[0\] must be an object"),
+        ("videos.0.cache_tokens", {}, r"videos\[0\]: cache_tokens must be a list of whole numbers, not dict"),
+        ("videos.0.cache_tokens.1", "140", r"videos\[0\]: cache_tokens\[1\] must be a number"),
+        ("videos.0.cache_tokens.1", None, r"videos\[0\]: cache_tokens\[1\] is missing"),
+        ("videos.0.cache_tokens.2", -1, r"videos\[0\]: cache_tokens\[2\] is -1"),
     ],
 )
 def test_reading_names_file_video_and_field(tmp_path: Path, path: str, value: Any, message: str) -> None:

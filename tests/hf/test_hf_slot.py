@@ -253,4 +253,4 @@ def test_expected_attention_on_several_axes_is_refused():
 
 def test_unknown_positions():
     with pytest.raises(ValueError, match="original"):
-        SieveCache(models.managed("llama"), policy("h2o", 8), positions="contiguous")
+        SieveCache(models.managed("llama"), policy("h2o", 8), positions="shifted")

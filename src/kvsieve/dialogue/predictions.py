@@ -53,8 +53,10 @@ class VideoPrediction:
         dataset: name of the data set, which decides the window.
         summaries: in the order they were written.
         events: what happened to the cache, one JSON object each, as the runner likes.
+        cache_tokens: tokens in the cache after every frame; empty where that was not recorded.
         status: `"ok"` or `"failed"`.
         error: why it failed.
+        numbers: what the runner measured, JSON values.
     """
 
     video_id: str
@@ -68,6 +70,8 @@ class VideoPrediction:
     events: tuple[Mapping[str, Any], ...] = ()
     status: str = "ok"
     error: str = ""
+    cache_tokens: tuple[int, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status not in _STATUS:
@@ -115,8 +119,9 @@ def write_predictions(predictions: Predictions, output: str | Path) -> Path:
     An object with `format`, `version`, `strategy`, `settings` and `videos`. A video has `video_id`, `key`, `dataset`,
     `fps`, `frames_processed`, `status`, `error`, and lists: `predictions` of `{gen, frame_idx_in_stream,
     timestamp_in_stream}`, `references` of `{ref, ...}` with the same two, `summaries` of `{summary, prompt, ...}`
-    likewise, and `events`. Silent frames are not listed. Times are seconds on the clock of the video. The file is
-    replaced in one step, so that a reader never sees half of it.
+    likewise, `events`, and `cache_tokens`, a number for every frame; `numbers` is an object. Silent frames are not
+    listed. Times are seconds on the clock of the video. The file is replaced in one step, so that a reader never sees
+    half of it.
 
     Raises:
         DataError: two videos with the same key, or something that JSON cannot hold, NaN included.
@@ -180,6 +185,8 @@ def _video_out(video: VideoPrediction) -> dict[str, Any]:
             {"summary": one.text, "prompt": one.prompt, **_when(one.frame, one.time)} for one in video.summaries
         ],
         "events": [dict(event) for event in video.events],
+        "cache_tokens": list(video.cache_tokens),
+        "numbers": dict(video.numbers),
     }
 
 
@@ -204,6 +211,8 @@ def _video_in(fields: Fields) -> VideoPrediction:
             for one in fields.objects("summaries")
         ),
         events=tuple(one.data for one in fields.objects("events")),
+        cache_tokens=_counts(fields, "cache_tokens"),
+        numbers=fields.mapping("numbers"),
     )
 
 
@@ -216,6 +225,17 @@ def _utterances(fields: Fields, name: str, text: str) -> tuple[Utterance, ...]:
         )
         for one in fields.objects(name)
     )
+
+
+def _counts(fields: Fields, name: str) -> tuple[int, ...]:
+    """A list of whole numbers of 0 or more; empty where absent, as in files that older releases wrote."""
+    values = fields.data.get(name)
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise fields.error(name, f"must be a list of whole numbers, not {type(values).__name__}")
+    each = ((f"{name}[{i}]", value) for i, value in enumerate(values))
+    return tuple(Fields({one: value}, fields.where).whole(one, least=0) for one, value in each)
 
 
 def _when(frame: int | None, time: float) -> dict[str, Any]:

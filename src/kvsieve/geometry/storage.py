@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_plan", "restore", "save_session"]
 
-_FORMAT = "kvsieve-stream-1"
+_FORMAT = "kvsieve-stream-2"
 _POLICIES = ("policy", "camera_policy")
 
 

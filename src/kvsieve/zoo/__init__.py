@@ -10,21 +10,23 @@ from ..errors import KvsieveError
 if TYPE_CHECKING:
     import torch
 
+    from ..dialogue.vlm import VisionLanguageModel
     from ..geometry import STream3R
 
 __all__ = ["list_models", "load", "path"]
 
-_FOLDERS = {"mini-lm": "mini_lm", "mini-stream3r": "mini_stream3r"}
-_GEOMETRY = ("mini-stream3r",)
+_FOLDERS = {"mini-lm": "mini_lm", "mini-stream3r": "mini_stream3r", "mini-vlm": "mini_vlm"}
+_KINDS = {"mini-lm": "text", "mini-stream3r": "geometry", "mini-vlm": "vision"}
 
 
 def list_models(kind: str | None = None) -> list[str]:
     """Names of the bundled models: of all, or of those of one kind.
 
     Args:
-        kind: `"text"` for language models, `"geometry"` for reconstruction from images.
+        kind: `"text"` for language models, `"geometry"` for reconstruction from images, `"vision"` for dialogue over
+            video.
     """
-    return sorted(name for name in _FOLDERS if kind in (None, "geometry" if name in _GEOMETRY else "text"))
+    return sorted(name for name in _FOLDERS if kind in (None, _KINDS[name]))
 
 
 def path(name: str) -> Path:
@@ -47,6 +49,10 @@ def load(name: Literal["mini-stream3r"], dtype: torch.dtype | None = None, devic
 
 
 @overload
+def load(name: Literal["mini-vlm"], dtype: torch.dtype | None = None, device: str = "cpu") -> VisionLanguageModel: ...
+
+
+@overload
 def load(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Any: ...
 
 
@@ -59,7 +65,8 @@ def load(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> An
         device: where to put it.
 
     Returns:
-        The model in evaluation mode; of a language model `(model, tokenizer)`.
+        The model in evaluation mode; of a language model `(model, tokenizer)`; of one that sees, a
+        `VisionLanguageModel`, for the dialogue runner.
 
     Raises:
         KvsieveError: there is no such model, or its files are missing.
@@ -70,7 +77,11 @@ def load(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> An
     if not (folder / "model.safetensors").is_file():
         raise KvsieveError(f"the weights of {name} are missing: {folder} has no model.safetensors; reinstall kvsieve")
     dtype = dtype or torch.float32
-    if name in _GEOMETRY:
+    if _KINDS[name] == "vision":
+        from ..dialogue.vlm import VisionLanguageModel
+
+        return VisionLanguageModel.load(name, device, dtype)
+    if _KINDS[name] == "geometry":
         from ..geometry import STream3R
 
         return STream3R.from_pretrained(folder, dtype=dtype, device=device)
