@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_dialogue import dialogue
 from .cli_geometry import geometry
 from .errors import KvsieveError
 
@@ -234,6 +235,7 @@ def train_kvzap(
 
 
 app.command()(_clear_errors(geometry))
+app.command()(_clear_errors(dialogue))
 
 
 @app.command()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .geometry.run import Progress
     from .geometry.runs import Run
 
-__all__ = ["DEMO", "geometry"]
+__all__ = ["DEMO", "geometry", "typed_flags"]
 
 DEMO: dict[str, Any] = {
     "compare": "full,window,recent,random,frame_attention,evict3r,frame_attention(ratio=0.3)",
@@ -82,7 +82,7 @@ def geometry(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Reconstruct a scene from a stream of images within a memory budget, and measure what that costs."""
-    typed = _typed(ctx)
+    typed = typed_flags(ctx)
     if demo == (images is not None):
         raise PolicyError("give one of --images FOLDER and --demo")
     if compare is not None and (policy is not None or "mode" in typed):
@@ -143,7 +143,7 @@ def geometry(
 # ---- from flags to values
 
 
-def _typed(ctx: typer.Context) -> dict[str, str]:
+def typed_flags(ctx: typer.Context) -> dict[str, str]:
     """Flags that were typed, by parameter, as one would type them again."""
     out = {}
     for parameter in ctx.command.params:

@@ -6,51 +6,111 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .assembly import AssemblyVideo
+    from .baseline import BaselineGenerator
+    from .frames import Frames, open_frames
     from .matching import Matching, Pair, Window, assign, get_window, match
     from .metrics import Difference, Interval, PooledScore, VideoScore, difference, pool, score_video
+    from .page import write_timeline_page
     from .predictions import Predictions, Summary, VideoPrediction, read_predictions, write_predictions
     from .records import Substep, Turn, Utterance, VideoRecord, parse_record, read_records
     from .results import ResultFiles, RunnerNumbers, metrics_table, write_metrics
+    from .run import run_dialogue
+    from .runner import FrameOutput, VLMStreamRunner
     from .similarity import get_similarity, list_similarities, register_similarity, sentence_encoder
+    from .strategies import (
+        BaseContextStrategy,
+        ContextStrategyFactory,
+        DropAll,
+        DropMiddle,
+        KeepNothing,
+        PolicyStrategy,
+        SummarizeAndDrop,
+        register_strategy,
+    )
+    from .timeline import draw_timeline
+    from .vlm import VisionLanguageModel
 
 __all__ = [
+    "AssemblyVideo",
+    "BaseContextStrategy",
+    "BaselineGenerator",
+    "ContextStrategyFactory",
     "Difference",
+    "DropAll",
+    "DropMiddle",
+    "FrameOutput",
+    "Frames",
     "Interval",
+    "KeepNothing",
     "Matching",
     "Pair",
+    "PolicyStrategy",
     "PooledScore",
     "Predictions",
     "ResultFiles",
     "RunnerNumbers",
     "Substep",
+    "SummarizeAndDrop",
     "Summary",
     "Turn",
     "Utterance",
+    "VLMStreamRunner",
     "VideoPrediction",
     "VideoRecord",
     "VideoScore",
+    "VisionLanguageModel",
     "Window",
     "assign",
     "difference",
+    "draw_timeline",
     "get_similarity",
     "get_window",
     "list_similarities",
     "match",
     "metrics_table",
+    "open_frames",
     "parse_record",
     "pool",
     "read_predictions",
     "read_records",
     "register_similarity",
+    "register_strategy",
+    "run_dialogue",
     "score_video",
     "sentence_encoder",
     "write_metrics",
     "write_predictions",
+    "write_timeline_page",
 ]
 
 _LAZY = {
     name: module
     for module, names in {
+        "assembly": ("AssemblyVideo",),
+        "baseline": ("BaselineGenerator",),
+        "frames": (
+            "Frames",
+            "open_frames",
+        ),
+        "page": ("write_timeline_page",),
+        "run": ("run_dialogue",),
+        "runner": (
+            "FrameOutput",
+            "VLMStreamRunner",
+        ),
+        "strategies": (
+            "BaseContextStrategy",
+            "ContextStrategyFactory",
+            "DropAll",
+            "DropMiddle",
+            "KeepNothing",
+            "PolicyStrategy",
+            "SummarizeAndDrop",
+            "register_strategy",
+        ),
+        "timeline": ("draw_timeline",),
+        "vlm": ("VisionLanguageModel",),
         "matching": ("Matching", "Pair", "Window", "assign", "get_window", "match"),
         "metrics": ("Difference", "Interval", "PooledScore", "VideoScore", "difference", "pool", "score_video"),
         "predictions": ("Predictions", "Summary", "VideoPrediction", "read_predictions", "write_predictions"),
