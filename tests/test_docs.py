@@ -25,7 +25,7 @@ def stands_in(tmp_path_factory):
         embed_dim=16, num_heads=2, depth=2, encoder_depth=1, camera_depth=1, camera_num_heads=2, dpt_features=8,
         dpt_out_channels=[8, 8, 8, 8], dpt_layers=[0, 0, 1, 1],
     ).save_pretrained(folder)  # fmt: skip
-    return {"Qwen": kvsieve.zoo.path("mini-lm"), "STream3R": folder}
+    return {"Qwen": kvsieve.zoo.path("mini-lm"), "STream3R": folder, "SmolVLM": kvsieve.zoo.path("mini-vlm")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -36,7 +36,7 @@ def test_blocks_run(page, tmp_path, monkeypatch, stands_in):
     names = {"__name__": "__main__"}
     try:
         for block in BLOCK.findall(page.read_text()):
-            code = re.sub(r'"(?:[\w-]+/)?(Qwen|STream3R)[\w./-]*"', lambda m: repr(str(stands_in[m[1]])), block)
+            code = re.sub(r'"(?:[\w-]+/)?(Qwen|STream3R|SmolVLM)[\w./-]*"', lambda m: repr(str(stands_in[m[1]])), block)
             exec(compile(code, str(page), "exec"), names)
     finally:
         SCORERS.clear()

@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.export:
         from export import export
 
-        difference = export(trainer.model, words, options.export)
-        print(f"exported to {options.export}; largest difference of a logit {difference:.4f}", flush=True)
+        agreement = export(trainer.model, words, options.export)
+        print(f"exported to {options.export}; share of tokens that agree {agreement:.4f}", flush=True)
 
 
 if __name__ == "__main__":
