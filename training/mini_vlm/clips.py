@@ -64,9 +64,11 @@ def summarized(example: Example, task: Task, done: int, weight: float) -> None:
     example.weights[-2] = weight  # the number of steps done, before the end of the utterance
 
 
-def text_example(words: PreTrainedTokenizerFast, rng: random.Random, longest: int, lines: int = 10) -> Example:
-    """An instruction and lines about steps in any order: what to look up, without pictures."""
-    task = Task.draw(rng, rng.randint(max(2, min(6, longest - 2)), longest))
+def text_example(
+    words: PreTrainedTokenizerFast, rng: random.Random, longest: int, cut: bool = False, lines: int = 10
+) -> Example:
+    """An instruction and lines about steps in any order: what to look up, without pictures. `cut`: of any length."""
+    task = Task.draw(rng, rng.randint(4 if cut else max(2, min(6, longest - 2)), longest))
     steps, example = len(task.parts), Example(words)
     if rng.random() < 0.6:
         instructed(example, task)
@@ -83,9 +85,14 @@ def text_example(words: PreTrainedTokenizerFast, rng: random.Random, longest: in
     return example
 
 
-def video_example(words: PreTrainedTokenizerFast, rng: random.Random, seed: int, clip: Clip, recipe: Recipe) -> Example:
-    """A clip: every frame is followed by silence or by the line that is due."""
-    steps = max(rng.randint(4, PLACES), rng.randint(4, PLACES))  # long tasks have entries that are seldom needed
+def video_example(
+    words: PreTrainedTokenizerFast, rng: random.Random, seed: int, clip: Clip, recipe: Recipe, cut: bool = False
+) -> Example:
+    """A clip: every frame is followed by silence or by the line that is due. `cut`: it ends at a random frame, and
+    short tasks are as frequent as long ones."""
+    steps = rng.randint(4, PLACES)
+    if not cut:
+        steps = max(steps, rng.randint(4, PLACES))  # long tasks have entries that are seldom needed
     start = rng.randint(0, steps - 1) if rng.random() < recipe.mid_task else 0
     video = AssemblyVideo(seed, steps, clip.gap, start, tail=rng.randint(2, 12))
     task, example = video.task, Example(words)
@@ -98,6 +105,8 @@ def video_example(words: PreTrainedTokenizerFast, rng: random.Random, seed: int,
     else:
         instructed(example, task)
     done, count = start, min(clip.frames, len(video.frames))
+    if cut:
+        count = rng.randint(1, count)
     wrong = rng.randrange(count) if rng.random() < recipe.mistake else None
     for index, frame in enumerate(video.frames[:count]):
         example.add("<image>")
@@ -112,7 +121,7 @@ def video_example(words: PreTrainedTokenizerFast, rng: random.Random, seed: int,
             example.add(f"Assistant: {line}<end_of_utterance>\n")
         else:
             example.add("<silent>", recipe.silence_weight)
-    if known and rng.random() < recipe.summary:
+    if known and rng.random() < (recipe.late_summary if cut else recipe.summary):
         summarized(example, task, done, recipe.progress_weight)
     return example
 
@@ -133,14 +142,22 @@ def collate(examples: list[Example], pad: int) -> Batch:
 
 
 def batch(
-    words: PreTrainedTokenizerFast, recipe: Recipe, seed: int, step: int, clip: Clip | None, longest: int
+    words: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    seed: int,
+    step: int,
+    clip: Clip | None,
+    longest: int,
+    cut: bool = False,
 ) -> Batch:
-    """The examples of one step: of clips, or of text alone."""
+    """The examples of one step: of clips, or of text alone; see `video_example` for `cut`."""
     examples = []
     for row in range(recipe.text_batch if clip is None else clip.batch):
         number = (seed + 1) * 100_000_000 + step * 64 + row  # stays below the seeds held out
         rng = random.Random(number)
         examples.append(
-            text_example(words, rng, longest) if clip is None else video_example(words, rng, number, clip, recipe)
+            text_example(words, rng, longest, cut)
+            if clip is None
+            else video_example(words, rng, number, clip, recipe, cut)
         )
     return collate(examples, words.pad_token_id)

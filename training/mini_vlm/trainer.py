@@ -107,7 +107,8 @@ class Trainer:
         if at["text_done"] and rng.random() >= recipe.text_share:
             early = at["video"] < recipe.steps / 2
             clip = rng.choices(recipe.clips, recipe.early if early else recipe.late)[0]
-        return batch(self.words, recipe, self.seed, at["step"], clip, PLACES if at["text_done"] else at["level"])
+        longest = PLACES if at["text_done"] else at["level"]
+        return batch(self.words, recipe, self.seed, at["step"], clip, longest, at["video"] >= recipe.steps)
 
     def train_step(self) -> None:
         """One update."""
@@ -157,7 +158,7 @@ class Trainer:
         """Train to the end of the recipe, or to step `stop`."""
         begun = saved = time.monotonic()
         first = self.at["step"]
-        while self.at["video"] < self.recipe.steps and (stop is None or self.at["step"] < stop):
+        while self.at["video"] < self.recipe.steps + self.recipe.polish and (stop is None or self.at["step"] < stop):
             self.train_step()
             now = time.monotonic()
             if self.at["step"] % every == 0:

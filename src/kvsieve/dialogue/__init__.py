@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .assembly import AssemblyVideo
     from .baseline import BaselineGenerator
+    from .factory import ContextStrategyFactory, PolicyStrategy, register_strategy
     from .frames import Frames, open_frames
     from .matching import Matching, Pair, Window, assign, get_window, match
     from .metrics import Difference, Interval, PooledScore, VideoScore, difference, pool, score_video
@@ -18,16 +19,7 @@ if TYPE_CHECKING:
     from .run import run_dialogue
     from .runner import FrameOutput, VLMStreamRunner
     from .similarity import get_similarity, list_similarities, register_similarity, sentence_encoder
-    from .strategies import (
-        BaseContextStrategy,
-        ContextStrategyFactory,
-        DropAll,
-        DropMiddle,
-        KeepNothing,
-        PolicyStrategy,
-        SummarizeAndDrop,
-        register_strategy,
-    )
+    from .strategies import BaseContextStrategy, DropAll, DropMiddle, KeepNothing, SummarizeAndDrop
     from .timeline import draw_timeline
     from .vlm import VisionLanguageModel
 
@@ -89,26 +81,12 @@ _LAZY = {
     for module, names in {
         "assembly": ("AssemblyVideo",),
         "baseline": ("BaselineGenerator",),
-        "frames": (
-            "Frames",
-            "open_frames",
-        ),
+        "frames": ("Frames", "open_frames"),
         "page": ("write_timeline_page",),
         "run": ("run_dialogue",),
-        "runner": (
-            "FrameOutput",
-            "VLMStreamRunner",
-        ),
-        "strategies": (
-            "BaseContextStrategy",
-            "ContextStrategyFactory",
-            "DropAll",
-            "DropMiddle",
-            "KeepNothing",
-            "PolicyStrategy",
-            "SummarizeAndDrop",
-            "register_strategy",
-        ),
+        "runner": ("FrameOutput", "VLMStreamRunner"),
+        "factory": ("ContextStrategyFactory", "PolicyStrategy", "register_strategy"),
+        "strategies": ("BaseContextStrategy", "DropAll", "DropMiddle", "KeepNothing", "SummarizeAndDrop"),
         "timeline": ("draw_timeline",),
         "vlm": ("VisionLanguageModel",),
         "matching": ("Matching", "Pair", "Window", "assign", "get_window", "match"),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from .matching import Window
+from ..errors import DataError, PolicyError
+from .matching import Window, get_window
 from .metrics import VideoScore
 from .predictions import Predictions, VideoPrediction, read_predictions, write_predictions
 from .records import VideoRecord, parse_record, read_records
 from .results import ResultFiles, RunnerNumbers, metrics_table, write_metrics
 from .runner import VLMStreamRunner
-from .similarity import Similarity
+from .similarity import Similarity, get_similarity
 
 __all__ = ["BaselineGenerator", "Progress"]
 
@@ -47,6 +49,10 @@ class BaselineGenerator:
     Attributes:
         predictions: what was said, after `run`.
         scores: one for every video that did not fail, after `run`.
+
+    Raises:
+        PolicyError: a window, similarity or threshold that there is not.
+        DataError: the strategy's name cannot name a folder, or the data set is none.
     """
 
     def __init__(
@@ -62,10 +68,13 @@ class BaselineGenerator:
         progress: Progress | None = None,
     ) -> None:
         self.runner, self.dataset = runner, dataset
-        self.files = ResultFiles(Path(output_dir), runner.strategy.name)
+        self.files = ResultFiles(Path(output_dir), runner.strategy.label)
+        get_window(window), get_similarity(similarity)  # what is wrong with them is said before hours are spent
+        if not 0 <= threshold <= 1:
+            raise PolicyError(f"threshold must be in [0, 1], not {threshold!r}")
         self._scoring: dict[str, Any] = {"window": window, "similarity": similarity, "threshold": threshold}
         self.overwrite, self._progress = overwrite, progress
-        self.predictions = Predictions(runner.strategy.name)
+        self.predictions = Predictions(runner.strategy.label)
         self.scores: list[VideoScore] = []
 
     def run(self) -> dict[str, Any]:
@@ -78,53 +87,64 @@ class BaselineGenerator:
             DataError: the data set cannot be read or is empty, every video failed, or results with other settings are
                 in the way.
         """
-        items = list(self._items())
-        if not items:
+        count, items = self._items()
+        if not count:
             raise DataError("the data set has no videos")
-        done = self._done_before()
+        waiting = self._done_before()
         self.files.folder.mkdir(parents=True, exist_ok=True)
         with _Log(self.files.log(time.strftime("%Y%m%d_%H%M%S"))) as log, _Bar(self._progress, self._name) as tell:
-            log.write(f"{self._name}: {len(items)} videos, {self.runner.settings}")
+            log.write(f"{self._name}: {count} videos, {self.runner.settings}")
             videos: list[VideoPrediction] = []
             for index, item in enumerate(items):
-                tell(item.key, index, len(items))
-                before = done.get(item.key)
-                video = before or self._watch(item, log)
-                videos.append(video)
-                if before is None:
-                    # videos of an earlier run that come later stay in the file, so that a stop here loses nothing
-                    waiting = [done[one.key] for one in items[index + 1 :] if one.key in done]
-                    self._write([*videos, *waiting])
+                tell(item.key, index, count)
+                before = waiting.pop(item.key, None)
+                if before is not None and _same_dialogue(before, item):
+                    videos.append(before)
+                    continue
+                videos.append(self._watch(item, log))
+                # videos of an earlier run that come later stay in the file, so that a stop here loses nothing
+                self._write([*videos, *waiting.values()])
             self._write(videos)
-            tell(items[-1].key, len(items), len(items))
+            tell(videos[-1].key, count, count)
             metrics = self._metrics(videos)
-            log.write(f"{self._name}: F1 {metrics['f1']}, {len(metrics['failed'])} of {len(items)} videos failed")
+            log.write(f"{self._name}: F1 {metrics['f1']}, {len(metrics['failed'])} of {count} videos failed")
         return metrics
 
     @property
     def _name(self) -> str:
-        return self.runner.strategy.name
+        return self.runner.strategy.label
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Those of the runner as they come back from a file: lists for tuples, text for objects."""
+        settings: dict[str, Any] = json.loads(json.dumps(self.runner.settings, default=str))
+        return settings
 
     # ---- videos
 
-    def _items(self) -> Iterator[Item]:
-        """Every video of the data set, or what is wrong with it."""
+    def _items(self) -> tuple[int, Iterator[Item]]:
+        """How many videos there are, and every one, or what is wrong with it. Those of a data set with an index are
+        fetched one by one, as they may bring their frames along."""
         if isinstance(self.dataset, (str, Path)):
             wrong: list[DataError] = []
-            yield from read_records(self.dataset, fps=self.runner.fps, on_error=wrong.append)
-            for number, error in enumerate(wrong):
-                yield _failed(f"record-{number}", error)
-            return
+            read: list[Item] = [*read_records(self.dataset, fps=self.runner.fps, on_error=wrong.append)]
+            read += [_failed(f"record-{number}", error) for number, error in enumerate(wrong)]
+            return len(read), iter(read)
+        count, each = _each(self.dataset)
+        return count, self._parsed(each)
+
+    def _parsed(self, each: Iterator[Callable[[], Any]]) -> Iterator[Item]:
         seen: set[str] = set()
-        for index, given in enumerate(_each(self.dataset)):
+        for index, fetch in enumerate(each):
             where = f"video {index}"
             try:
+                given = fetch()
                 record = (
                     given if isinstance(given, VideoRecord) else parse_record(given, where=where, fps=self.runner.fps)
                 )
                 if record.key in seen:
                     raise DataError(f"{where}: {record.key} is there already; results would be mixed up")
-            except DataError as error:
+            except Exception as error:  # see _watch
                 yield _failed(f"video-{index}", error)
                 continue
             seen.add(record.key)
@@ -153,7 +173,7 @@ class BaselineGenerator:
         if not self.files.predictions.is_file() or self.overwrite:
             return {}
         before = read_predictions(self.files.predictions)
-        now = self.runner.settings
+        now = self._settings
         changed = sorted(name for name in {*before.settings, *now} if before.settings.get(name) != now.get(name))
         if changed:
             raise DataError(
@@ -165,7 +185,7 @@ class BaselineGenerator:
     # ---- files
 
     def _write(self, videos: Sequence[VideoPrediction]) -> None:
-        self.predictions = Predictions(self._name, tuple(videos), self.runner.settings)
+        self.predictions = Predictions(self._name, tuple(videos), self._settings)
         write_predictions(self.predictions, self.files.output)
 
     def _metrics(self, videos: Sequence[VideoPrediction]) -> dict[str, Any]:
@@ -178,20 +198,25 @@ class BaselineGenerator:
             name: value if isinstance(value, (str, float, int)) else str(value) for name, value in self._scoring.items()
         }
         numbers = _pooled(good, bad)
-        metrics = metrics_table(self.scores, numbers, settings={**self.runner.settings, "scoring": asked})
+        metrics = metrics_table(self.scores, numbers, settings={**self._settings, "scoring": asked})
         write_metrics(metrics, self._name, self.files.output)
         return metrics
 
 
-def _each(dataset: Any) -> Iterable[Any]:
-    """The items of a sequence, or of anything with a length and an index."""
+def _each(dataset: Any) -> tuple[int, Iterator[Callable[[], Any]]]:
+    """How many items there are, and what fetches each, of a sequence or of anything with a length and an index."""
     if isinstance(dataset, Mapping):
         raise DataError("a data set is a list of videos, a file or a folder; this is a single mapping")
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        return (dataset[i] for i in range(len(dataset)))
-    if isinstance(dataset, Iterable):
-        return dataset
-    raise DataError(f"a data set is a list of videos, a file or a folder, not {type(dataset).__name__}")
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        if not isinstance(dataset, Iterable):
+            raise DataError(f"a data set is a list of videos, a file or a folder, not {type(dataset).__name__}")
+        dataset = list(dataset)
+    return len(dataset), (partial(dataset.__getitem__, i) for i in range(len(dataset)))
+
+
+def _same_dialogue(before: VideoPrediction, item: Item) -> bool:
+    """Whether what an earlier run was scored against still stands."""
+    return isinstance(item, VideoRecord) and (before.fps, before.references) == (item.fps, item.references)
 
 
 def _failed(key: str, error: Exception, record: VideoRecord | None = None) -> VideoPrediction:
@@ -218,7 +243,7 @@ def _pooled(videos: Sequence[VideoPrediction], failed: list[dict[str, str]]) -> 
         return sum(video.numbers[name] * video.frames for video in videos) / frames
 
     def most(name: str) -> Any:
-        return max(video.numbers[name] for video in videos)
+        return max((video.numbers[name] for video in videos if video.numbers[name] is not None), default=None)
 
     return RunnerNumbers(
         cache_compressions=sum(video.numbers["cache_compressions"] for video in videos),

@@ -59,7 +59,7 @@ class StreamContext:
         initial: tokens of the initial context.
         closed: whether that has come to its end.
         fed: tokens fed so far.
-        compressions: how often tokens were dropped.
+        compressions: how often tokens were dropped because the context was full.
         largest: the most tokens that any head has held.
         bytes_largest: the most bytes that keys and values have taken.
         latest: tokens before and after the last reduction, bytes likewise, and its seconds.
@@ -83,8 +83,7 @@ class StreamContext:
     @property
     def length(self) -> int:
         """Tokens of the longest head of any layer."""
-        cores = [layer.core for layer in self.cache.managed]
-        return max(core.store.longest for core in cores) if cores[0].seen else 0
+        return max(layer.core.store.longest for layer in self.cache.managed)
 
     @property
     def bytes(self) -> int:
@@ -103,8 +102,7 @@ class StreamContext:
 
     def begin(self) -> None:
         """The next token fed is the first one of a context that opens afresh."""
-        if self.cache.managed[0].core.seen:
-            self.cache.reset()
+        self.cache.reset()
         self.pending, self._begun, self.closed = [], False, False
         self._segment = self.initial = 0
 
@@ -112,6 +110,12 @@ class StreamContext:
         """Text with what opens a context in front of it, if this is the first."""
         first, self._begun = not self._begun, True
         return self.vlm.format.opening + text if first else text
+
+    def open(self) -> None:
+        """Feed what opens a context, if nothing else has: it belongs to the initial context."""
+        ids = self.vlm.encode(self.opened(""))
+        if ids:
+            self.feed(ids)
 
     def close_initial(self, frame: int) -> None:
         """What has been fed is the initial context; `frame` tokens are those of one frame.
@@ -152,9 +156,7 @@ class StreamContext:
 
     def track(self) -> None:
         """Remember the largest sizes."""
-        length = self.length
-        if length > self.largest:
-            self.largest, self.bytes_largest = length, max(self.bytes_largest, self.bytes)
+        self.largest, self.bytes_largest = max(self.largest, self.length), max(self.bytes_largest, self.bytes)
 
     def reply(self, logits: Tensor, most: int, choose: Choose) -> list[int]:
         """Write a line that begins with the token `logits` call for. All its tokens are fed but the last, which is
@@ -167,9 +169,10 @@ class StreamContext:
         """
         end, out = self.vlm.format.end, []
         newline = self.vlm.encode("\n")
+        picture = torch.tensor(self.vlm.image_token, device=logits.device)  # never written: there is none to go with it
         most = max(1, min(most, self.room))
         while True:
-            token = choose(logits)
+            token = choose(logits.index_fill(0, picture, -torch.inf))
             out.append(token)
             if token == end or len(out) == most:
                 break
@@ -181,6 +184,12 @@ class StreamContext:
         """Begin afresh with this line of the system."""
         self.begin()
         return self.vlm.encode(self.opened(self.vlm.format.turn("system", text)))
+
+    def forget(self) -> None:
+        """Keep the initial context alone, for a strategy that begins every frame with that."""
+        if self.length > self.initial:
+            cache, message = self.strategy.handle_overflow(self.cache, self.pending, initial=self.initial, incoming=0)
+            self._take(cache, message)
 
     def make_room(self, incoming: int, frame: int, **context: Any) -> bool:
         """Reduce the context if the strategy says so; whether tokens were dropped.
@@ -194,42 +203,54 @@ class StreamContext:
             BudgetError: the initial context does not fit.
             DataError: what comes next does not fit.
         """
-        before = self.length
-        need = before + len(self.pending) + incoming
-        if not before or not (self.strategy.should_reduce_cache(need) and (self.closed or need > self.limit)):
+        before, wide = self.length, len(self.pending) + incoming
+        if not self.strategy.should_reduce_cache(before + wide) or not (self.closed or before + wide > self.limit):
             return False
         if not self.closed:
             raise BudgetError(
-                f"{self.strategy.name}: the initial context ({before} tokens so far, {incoming} to come) is longer "
+                f"{self.strategy.name}: the initial context ({before} tokens so far, {wide} to come) is longer "
                 f"than max_seq_len={self.strategy.max_seq_len} leaves room for ({self.limit})"
             )
-        if before <= self.initial and not self.strategy.needs_cache:
+        if not before:
             return False
-        begun, bytes_before, wide = time.perf_counter(), self.bytes, need - before
+        begun, bytes_before = time.perf_counter(), self.bytes
         cache, message = self.strategy.handle_overflow(
             self.cache, self.pending, initial=self.initial, incoming=wide, opening=self.opening, **context
         )
-        self.track()
+        self._take(cache, message)
+        self._check_fits(incoming)
+        if not self.closed:  # the strategy has opened a new context
+            self.feed([])
+            self.initial, self.closed = self.length, True
+            self._check_frame(frame)
+        after = self.length
+        dropped = cache is None or after < before
+        self.compressions += dropped
+        self.latest = {
+            "tokens_before": before,
+            "tokens_after": after,
+            "bytes_before": bytes_before,
+            "bytes_after": self.bytes,
+            "seconds": time.perf_counter() - begun,
+        }
+        return dropped
+
+    def _take(self, cache: SieveCache | None, message: list[int] | str) -> None:
+        """Go on with what a strategy has left."""
         if cache is None:
             self.cache.reset()
             self.initial, self._segment = 0, int(self.closed)
         else:
             self.cache = cache
         self.pending = self.vlm.encode(message) if isinstance(message, str) else list(message)
-        self._check_fits(incoming)
-        if not self.closed:  # the strategy has opened a new context
-            self.feed([])
-            self.close_initial(frame)
-        after = self.length
-        self.compressions += after < before
-        self.latest = {
-            "tokens_before": before,
-            "tokens_after": after,
-            "bytes_before": bytes_before,
-            "bytes_after": self.bytes if after else 0,
-            "seconds": time.perf_counter() - begun,
-        }
-        return after < before
+
+    def _check_frame(self, frame: int) -> None:
+        """Raise where no frame fits behind an initial context that a strategy has written."""
+        if self.initial + frame > self.limit:
+            raise BudgetError(
+                f"{self.strategy.name}: the new context has {self.initial} tokens, and a frame of {frame} has no room "
+                f"behind it below {self.limit + 1} tokens; raise max_seq_len"
+            )
 
     def _check_fits(self, incoming: int) -> None:
         after = self.length

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._fields import Fields, read_json
 from ..errors import DataError
-from ._fields import Fields, read_json
 from .matching import Window, get_window
 from .metrics import VideoScore, score_video
 from .records import Utterance

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._fields import Fields, read_objects, read_table
 from ..errors import DataError
-from ._fields import Fields, read_objects, read_table
 
 __all__ = ["ROLES", "Substep", "Turn", "Utterance", "VideoRecord", "parse_record", "read_records"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from ..errors import DataError, KvsieveError
 from ..report.tables import markdown_table
 from .baseline import BaselineGenerator
-from .frames import open_frames
 from .matching import Window, get_window
 from .metrics import VideoScore, difference
 from .page import write_timeline_page
@@ -20,6 +20,7 @@ from .predictions import VideoPrediction
 from .records import VideoRecord
 from .results import write_json
 from .runner import VLMStreamRunner
+from .script import frames_of
 from .similarity import Similarity
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _row(
         "tokens_fed",
         "failed",
     ]
-    row = {"strategy": label, "status": "failed" if metrics["failed"] else "ok", "error": error}
+    row: dict[str, Any] = {"strategy": label, "status": "failed" if metrics["failed"] else "ok", "error": error}
     row |= {name: metrics[name] for name in names}
     row |= {f"{name}_interval": metrics["intervals"][name] for name in ("f1", "timing_f1")}
     row["f1_to_baseline"] = None
@@ -190,8 +191,7 @@ def _picture(
     if all(one.status != "ok" for one in shown.values()):
         return
     try:
-        opened = open_frames(video.frames, fps=video.fps)
-        frames = [frame for frame, _ in zip(opened, range(_MOST_FRAMES), strict=False)]
+        frames = list(itertools.islice(frames_of(video), _MOST_FRAMES))
     except KvsieveError:
         frames = []  # a stream that can be read once only
     options: dict[str, Any] = {

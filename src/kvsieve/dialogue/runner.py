@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from ..errors import DataError, PolicyError
 from .context import StreamContext, greedy, sampler
-from .frames import open_frames
+from .factory import ContextStrategyFactory
 from .predictions import Summary, VideoPrediction
 from .records import Turn, Utterance, VideoRecord, parse_record
-from .script import Script, script_of
-from .strategies import BaseContextStrategy, ContextStrategyFactory, SummarizeAndDrop
-from .transitions import QUESTION, Transitions
-from .vlm import VisionLanguageModel
+from .script import Script, frames_of, name_of, script_of
+from .strategies import BaseContextStrategy, SummarizeAndDrop
+from .transitions import Transitions, prompts_of
+from .vlm import VisionLanguageModel, dtype_of
 
-__all__ = ["FrameOutput", "VLMStreamRunner"]
+__all__ = ["FrameOutput", "VLMStreamRunner", "dtype_of"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class _Stream:
     generator: torch.Generator
     transitions: Transitions
     script: Script
+    lines: list[Turn]
+    heard: bool = False
     initial: list[str] = field(default_factory=list)
     frame: int = 0
     frame_tokens: int = 0
@@ -86,12 +88,15 @@ class VLMStreamRunner:
         temperature: 0 takes the most probable token; above 0 tokens are drawn.
         top_p: share of probability that tokens are drawn from.
         do_sample: False takes the most probable token whatever the temperature.
-        transition_detection_prompt: what asks the model for the present step, where it has to find out itself.
+        transition_detection_prompt: what asks the model for the present step, where it has to find out itself. The
+            picture comes in front of it; an `<image>` of its own is left out.
         dialogue_generation_prompt: a user's line put before the reply at a transition; `{prev_substep}` and
-            `{curr_substep}` are filled in. By default there is none.
+            `{curr_substep}` are filled in, and an `<image>` is left out, as the frame has been seen. By default there
+            is none.
         fps: frames per second of videos that do not say.
         not_talk_threshold: silence from this probability on.
-        speak: `"model"`: the model decides at every frame. `"transitions"`: it speaks where a step begins.
+        speak: `"model"`: the model decides at every frame. `"transitions"`: it speaks where a step begins. The two
+            prompts are for the latter.
         use_gt_substeps: take the steps from the video's annotations; else the model is asked at every frame.
         cache_dir: where downloads are kept.
         context_strategy_type: see `ContextStrategyFactory`, or a strategy.
@@ -99,10 +104,18 @@ class VLMStreamRunner:
         max_seq_len: option of the strategy, if not among them.
         reserved_seq_len: option of the strategy, if not among them.
         use_kv_cache: False computes the initial context afresh for every frame and keeps nothing else; only for the
-            strategy `none`.
+            strategy `none`, and an initial context without frames.
         use_knowledge: put the recipe of a record, where it has one, behind the system line.
         split_images: cut frames into tiles.
         seed: of what is drawn.
+
+    A `VisionLanguageModel` lies on its device already, with its weights and its way of cutting frames: `device`,
+    `torch_dtype`, `cache_dir` and `split_images` are left out with one, or say what it has.
+
+    Attributes:
+        vlm: the model.
+        strategy: what to do when the context is full.
+        context: what the model remembers of the video that was watched last.
 
     Raises:
         PolicyError: an option that is unknown or outside its range.
@@ -148,7 +161,9 @@ class VLMStreamRunner:
         self.max_new_tokens, self.top_p = max_new_tokens, top_p
         self.temperature = temperature if do_sample else 0.0
         self.not_talk_threshold, self.speak, self.use_gt_substeps = not_talk_threshold, speak, use_gt_substeps
-        self.question, self.prompt = transition_detection_prompt or QUESTION, dialogue_generation_prompt
+        self.question, self.prompt = prompts_of(
+            transition_detection_prompt, dialogue_generation_prompt, speak == "transitions", use_gt_substeps
+        )
         self.use_kv_cache, self.use_knowledge = use_kv_cache, use_knowledge
         options = dict(context_strategy_config or {})
         for name, value in {"max_seq_len": max_seq_len, "reserved_seq_len": reserved_seq_len}.items():
@@ -157,17 +172,17 @@ class VLMStreamRunner:
         if isinstance(context_strategy_type, str):  # before a model is loaded, which may take long
             ContextStrategyFactory.create_strategy(context_strategy_type, **options)
         if isinstance(model_name, VisionLanguageModel):
+            model_name.check_same(device, dtype_of(torch_dtype), cache_dir, split_images)
             self.vlm, self.model_name = model_name, str(model_name.model.name_or_path)
         else:
-            self.vlm = VisionLanguageModel.load(model_name, device, _dtype(torch_dtype), cache_dir, split_images)
+            self.vlm = VisionLanguageModel.load(model_name, device, dtype_of(torch_dtype), cache_dir, split_images)
             self.model_name = str(model_name)
         self.strategy = self._strategy(context_strategy_type, options)
         self.context: StreamContext | None = None
 
     def _strategy(self, kind: str | BaseContextStrategy, options: dict[str, Any]) -> BaseContextStrategy:
-        trained = getattr(self.vlm.model.config, "summary_prompt", None)
-        if kind == "summarize_and_drop" and trained:
-            options.setdefault("summary_prompt", trained)
+        if kind == SummarizeAndDrop.name and options.get("summary_prompt") is None:
+            options["summary_prompt"] = self._trained_prompt
         if isinstance(kind, BaseContextStrategy) and options:
             raise PolicyError(f"{kind!r} is a strategy with its options already; leave out {', '.join(options)}")
         made = (
@@ -175,6 +190,11 @@ class VLMStreamRunner:
         )
         if made.needs_cache and not self.use_kv_cache:
             raise PolicyError(f"{made.name} needs a cache; use_kv_cache=False goes with the strategy none alone")
+        if not self.use_kv_cache and (made.positions == "original" or made.initial == "first_turn"):
+            raise PolicyError(
+                f"use_kv_cache=False counts positions from the initial context, which has no frames; it does not go "
+                f"with positions={made.positions!r} and initial={made.initial!r}"
+            )
         if made.reserved_seq_len < self.max_new_tokens and made.name != "full":
             raise PolicyError(
                 f"reserved_seq_len={made.reserved_seq_len} has no room for a reply of max_new_tokens="
@@ -183,13 +203,19 @@ class VLMStreamRunner:
         return made
 
     @property
+    def _trained_prompt(self) -> str | None:
+        """What the model was trained to be asked for a summary with, if it was."""
+        return getattr(self.vlm.model.config, "summary_prompt", None)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides what is said, as JSON values."""
         names = ["max_new_tokens", "temperature", "top_p", "not_talk_threshold", "speak", "use_gt_substeps"]
-        names += ["use_kv_cache", "use_knowledge", "seed", "eval_name", "fps"]
-        out = {"model": self.model_name, "dtype": str(self.vlm.model.dtype).removeprefix("torch.")}
+        names += ["use_kv_cache", "use_knowledge", "seed", "eval_name", "fps", "question", "prompt"]
+        out: dict[str, Any] = {"model": self.model_name, "dtype": str(self.vlm.model.dtype).removeprefix("torch.")}
+        out["split_images"] = self.vlm.split_images
         out |= {name: getattr(self, name) for name in names}
-        return out | {"strategy": self.strategy.name, "strategy_settings": self.strategy.settings}
+        return out | {"strategy": self.strategy.label, "strategy_settings": self.strategy.settings}
 
     # ---- running
 
@@ -208,9 +234,7 @@ class VLMStreamRunner:
             BudgetError: its initial context does not fit.
         """
         record = video if isinstance(video, VideoRecord) else parse_record(video, fps=self.fps)
-        outputs = list(self.stream(record))
-        if not outputs:
-            raise DataError(f"{record.where or record.key}: the video has no frames")
+        outputs = list(self.stream(record))  # at least one: frames without end or beginning are refused
         context = self.context
         assert context is not None
         spoken = tuple(
@@ -255,49 +279,45 @@ class VLMStreamRunner:
         record = video
         if not isinstance(record, VideoRecord):
             record = parse_record(record, fps=self.fps, need_references=False)
-        frames = open_frames(record.frames, fps=record.fps, where=record.where or record.key)
-        self.context = StreamContext(self.vlm, self.strategy)
+        context = self.context = StreamContext(self.vlm, self.strategy)
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         steps = Transitions(record, None if self.use_gt_substeps else self.vlm, self.question)
+        if self.speak == "transitions" and self.use_gt_substeps and not record.substeps:
+            raise DataError(
+                f"{name_of(record)}: there are no annotated steps (dst_annotations) to speak at; add them, let the "
+                'model find them with use_gt_substeps=False, or let it decide with speak="model"'
+            )
         script = script_of(record, self.use_knowledge)
-        state = _Stream(record, self.context, generator, steps, script)
-        turns = list(script.turns)
-        for index, frame in enumerate(frames):
-            begun = time.perf_counter()
+        state = _Stream(record, context, generator, steps, script, list(script.turns))
+        index = -1
+        for index, frame in enumerate(frames_of(record)):
             state.frame = index
-            due = [turn for turn in turns if turn.frames_before <= index]
-            turns = turns[len(due) :]
-            yield self._step(state, frame, due, turns, begun)
-            if record.num_frames is not None and index + 1 == record.num_frames:
-                break
+            yield self._step(state, frame)
+        wanted = record.num_frames or 1
+        if index + 1 < wanted:
+            raise DataError(f"{name_of(record)}: the frames end after {index + 1}, there should be {wanted}")
 
-    def _step(
-        self,
-        state: _Stream,
-        frame: NDArray[np.uint8],
-        due: list[Turn],
-        later: list[Turn],
-        begun: float,
-    ) -> FrameOutput:
+    def _step(self, state: _Stream, frame: NDArray[np.uint8]) -> FrameOutput:
         """One frame, with the lines that come before it."""
+        begun = time.perf_counter()
         context, fmt = state.context, self.vlm.format
         picture = self.vlm.picture(frame)
         shown = self.vlm.encode(fmt.before + picture.text + fmt.after)
         state.frame_tokens = len(shown)
-        if not self.use_kv_cache and state.frame:
+        if state.frame and not self.use_kv_cache:
             self._afresh(state)
-        for turn in due:
-            self._line(state, turn)
-        waiting = self.strategy.initial == "user_turn" and any(turn.role == "user" for turn in later)
-        if not context.closed and not waiting and self.strategy.initial != "first_turn":
+        elif context.closed and not self.strategy.needs_cache:
+            context.forget()
+        while state.lines and state.lines[0].frames_before <= state.frame:
+            self._line(state, state.lines.pop(0))
+        context.open()
+        if not context.closed and self.strategy.initial != "first_turn" and not self._waits(state):
             context.close_initial(len(shown))
-        shown = [*self.vlm.encode(context.opened("")), *shown]
         self._make_room(state, len(shown))
         logits = context.feed(shown, (picture,))
         gen, silence = self._speak(state, logits, frame)
-        if not context.closed and not waiting:
-            context.close_initial(state.frame_tokens)
-        context.track()
+        if not context.closed and self.strategy.initial == "first_turn":
+            context.close_initial(len(shown))
         out = FrameOutput(
             gen,
             state.script.due.get(state.frame, ""),
@@ -312,30 +332,42 @@ class VLMStreamRunner:
         state.events, state.summaries = [], []
         return out
 
+    def _waits(self, state: _Stream) -> bool:
+        """Whether the initial context goes on until the user has spoken, which is still to come."""
+        if self.strategy.initial != "user_turn" or state.heard:
+            return False
+        end = math.inf if state.record.num_frames is None else state.record.num_frames
+        return any(turn.role == "user" and turn.frames_before < end for turn in state.lines)
+
     def _afresh(self, state: _Stream) -> None:
         """Compute the initial context once more, in the place of everything."""
         context = state.context
         if not context.closed:
             raise DataError(
-                f"{state.record.where or state.record.key}: the initial context contains frames, which "
-                "use_kv_cache=False cannot compute afresh"
+                f"{name_of(state.record)}: the initial context contains frames, which use_kv_cache=False cannot "
+                "compute afresh"
             )
         context.begin()
         for text in state.initial:
             context.feed(self.vlm.encode(context.opened(text)))
+        context.open()
         context.close_initial(state.frame_tokens)
 
     def _line(self, state: _Stream, turn: Turn) -> None:
         """Feed a line of the system or the user."""
-        context, text = state.context, turn.text
+        context = state.context
         if turn.role == "user" and self.strategy.initial == "system" and not context.closed:
+            context.open()
             context.close_initial(state.frame_tokens)
-        text = self.vlm.format.turn(turn.role, text)
+        text = self.vlm.format.turn(turn.role, turn.text)
         if not context.closed:
             state.initial.append(text)
         ids = self.vlm.encode(context.opened(text))
+        if self.vlm.image_token in ids:
+            raise DataError(f"{name_of(state.record)}: the line {turn.text!r:.80} asks for a picture, and has none")
         self._make_room(state, len(ids))
         context.feed(ids)
+        state.heard = state.heard or turn.role == "user"
 
     def _make_room(self, state: _Stream, incoming: int) -> None:
         context = state.context
@@ -345,17 +377,18 @@ class VLMStreamRunner:
 
         told = {"system_prompt": state.script.system, "task_knowledge": state.script.knowledge}
         dropped = context.make_room(incoming, state.frame_tokens, say=say, **told)
-        if dropped and self.strategy.needs_cache:
+        if dropped:
             when = {"frame_idx_in_stream": state.frame, "timestamp_in_stream": state.record.time_of(state.frame)}
-            state.events.append({"kind": "compression", **when, "strategy": self.strategy.name, **context.latest})
+            state.events.append({"kind": "compression", **when, "strategy": self.strategy.label, **context.latest})
 
     def _summary(self, state: _Stream, prompt: str | None, most: int) -> str:
         """Ask the model, from its cache, what has happened so far."""
         context = state.context
-        request = prompt or SummarizeAndDrop.DEFAULT_PROMPT
+        request = prompt or self._trained_prompt or SummarizeAndDrop.DEFAULT_PROMPT
         ids = self.vlm.encode(self.vlm.format.turn("system", request) + "Assistant:")
-        out = context.reply(context.feed(ids), most, greedy)
-        text = self.vlm.decode(out)
+        logits = context.feed(ids).clone()
+        logits[self.vlm.format.silence] = -torch.inf  # an answer was asked for
+        text = self.vlm.decode(context.reply(logits, most, greedy))
         when = state.record.time_of(state.frame)
         state.summaries.append(Summary(when, state.frame, text, request))
         return text
@@ -369,6 +402,8 @@ class VLMStreamRunner:
             quiet = not state.transitions.begins(state.frame, frame)
         else:
             silence = float(logits.softmax(-1)[fmt.silence])
+            if not math.isfinite(silence):
+                raise DataError(f"{name_of(state.record)}: the model's output at frame {state.frame} is not a number")
             quiet = silence >= self.not_talk_threshold
         if quiet:
             context.pending = self._silence()
@@ -395,18 +430,14 @@ class VLMStreamRunner:
         return [fmt.silence, *(self.vlm.encode("\n") if fmt.after else [])]
 
 
-def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise PolicyError(f"torch_dtype={name!r} is no type of weights; use 'float32', 'bfloat16' or 'float16'")
-    return found
-
-
-def _peak_memory(device: torch.device) -> float:
-    """MB: the most that was allocated on an accelerator, else the most that the process has held."""
+def _peak_memory(device: torch.device) -> float | None:
+    """MB: the most that was allocated on an accelerator, else the most that the process has held, where the system
+    tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

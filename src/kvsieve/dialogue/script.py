@@ -1,12 +1,20 @@
-"""What a model is told of a video's conversation, and what it is to say."""
+"""What a model is shown of a video and told of its conversation, and what it is to say."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from .frames import open_frames
 from .records import Turn, VideoRecord
 
-__all__ = ["Script", "script_of"]
+__all__ = ["Script", "frames_of", "name_of", "script_of"]
 
 KNOWLEDGE = "Task knowledge:"
 """What the recipe of a task begins with, where the system tells it."""
@@ -50,3 +58,27 @@ def script_of(record: VideoRecord, use_knowledge: bool = False) -> Script:
         at = said.frame or 0
         due[at] = f"{due[at]} {said.text}" if at in due else said.text
     return Script(system, knowledge, (*first, *heard), due)
+
+
+def name_of(record: VideoRecord) -> str:
+    """What messages begin with."""
+    return record.where or record.key
+
+
+def frames_of(record: VideoRecord) -> Iterator[NDArray[np.uint8]]:
+    """The frames of the stream, `[height, width, 3]` each. A file or folder may hold the whole video that the stream
+    was cut out of.
+
+    Raises:
+        DataError: see `open_frames`; or there are fewer than the record says.
+    """
+    frames = open_frames(record.frames, fps=record.fps, where=name_of(record))
+    count, wanted, begin = frames.count, record.num_frames, record.start_frame
+    if not isinstance(record.frames, (str, Path)) or count == wanted is not None:
+        begin = 0
+    if count is not None and count < begin + (wanted or 1):
+        raise DataError(
+            f"{name_of(record)}: there are {count} frames, which are neither those of the stream ({wanted}) nor a "
+            f"video that goes on to frame {begin + (wanted or 1)}"
+        )
+    return islice(frames, begin, None if wanted is None else begin + wanted)

@@ -6,18 +6,14 @@ runs under, says when the context has to be reduced, and reduces it.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..budgets import Tokens, Unlimited
+from ..budgets import Tokens
 from ..errors import BudgetError, DataError, PolicyError
 from ..methods.streaming_llm import StreamingLLM
-from ..policy import Policy, get_policy, list_methods
+from ..policy import Policy
 from ..protect import Protect
-from ..scorer import SCORERS
 from ..triggers import OnRequest
 
 if TYPE_CHECKING:
@@ -25,13 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaseContextStrategy",
-    "ContextStrategyFactory",
     "DropAll",
     "DropMiddle",
     "KeepNothing",
-    "PolicyStrategy",
     "SummarizeAndDrop",
-    "register_strategy",
 ]
 
 POSITIONS = ("slot", "original", "naive")
@@ -59,7 +52,8 @@ class BaseContextStrategy(ABC):
     """
 
     needs_cache: ClassVar[bool] = True
-    """False for a strategy that can do without a cache, recomputing the initial context for every frame."""
+    """False for a strategy under which every frame begins with the initial context alone, so that this can be computed
+    afresh as well. Its `handle_overflow` is called at every frame, then with `initial` and `incoming` alone."""
 
     def __init__(
         self,
@@ -69,11 +63,9 @@ class BaseContextStrategy(ABC):
         positions: str = "slot",
         initial: str = "user_turn",
     ) -> None:
-        for option, value in {"max_seq_len": max_seq_len, "reserved_seq_len": reserved_seq_len}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PolicyError(f"{option} must be a whole number above 0, not {value!r}")
-        if not isinstance(last_keep_len, int) or last_keep_len < 0:
-            raise PolicyError(f"last_keep_len must be a whole number, 0 or more, not {last_keep_len!r}")
+        _check_whole("max_seq_len", max_seq_len, 1)
+        _check_whole("reserved_seq_len", reserved_seq_len, 1)
+        _check_whole("last_keep_len", last_keep_len, 0)
         if reserved_seq_len >= max_seq_len:
             raise BudgetError(f"reserved_seq_len={reserved_seq_len} leaves nothing of max_seq_len={max_seq_len}")
         if positions not in POSITIONS:
@@ -86,7 +78,12 @@ class BaseContextStrategy(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The name that results are filed under."""
+        """What it is called."""
+
+    @property
+    def label(self) -> str:
+        """What results are filed under: the name, with the positions where they are not the default."""
+        return self.name if self.positions == "slot" else f"{self.name}+{self.positions}"
 
     @property
     def ctxlen_to_reduce(self) -> int:
@@ -113,11 +110,17 @@ class BaseContextStrategy(ABC):
         Raises:
             BudgetError: they cannot.
         """
-        if frame >= self.ctxlen_to_reduce:
+        stays, what = self._stays(initial)
+        if stays + frame >= self.ctxlen_to_reduce:
             raise BudgetError(
-                f"{self.name}: a frame has {frame} tokens, and below max_seq_len={self.max_seq_len} there are "
-                f"{self.ctxlen_to_reduce - 1} beside reserved_seq_len={self.reserved_seq_len}"
+                f"{self.name}: a frame of {frame} tokens{what} does not fit below {self.ctxlen_to_reduce}, which is "
+                f"max_seq_len={self.max_seq_len} without what is reserved (reserved_seq_len={self.reserved_seq_len}); "
+                "raise max_seq_len"
             )
+
+    def _stays(self, initial: int) -> tuple[int, str]:
+        """Tokens in front of a frame after a reduction, where that is sure, and words for them."""
+        return 0, ""
 
     def should_reduce_cache(self, current_seq_len: int) -> bool:
         """Whether a context of this length, what is about to be fed included, has to be reduced first."""
@@ -152,13 +155,15 @@ class KeepNothing(BaseContextStrategy):
     name = "none"
     needs_cache = False
 
-    def should_reduce_cache(self, current_seq_len: int) -> bool:
-        return True
+    def _stays(self, initial: int) -> tuple[int, str]:
+        return initial, f" behind an initial context of {initial}"
 
     def handle_overflow(
         self, past_key_values: SieveCache, last_msg: list[int], **context: Any
     ) -> tuple[SieveCache | None, list[int] | str]:
-        return _kept(past_key_values, context["initial"]), []
+        if not context["initial"]:
+            return None, []
+        return keep_tokens(past_key_values, context["initial"]), []
 
 
 class DropAll(BaseContextStrategy):
@@ -178,14 +183,19 @@ class DropMiddle(BaseContextStrategy):
 
     name = "drop_middle"
 
-    def check(self, initial: int, frame: int) -> None:
-        super().check(initial, frame)
-        _check_sum(self, initial, frame)
+    def _stays(self, initial: int) -> tuple[int, str]:
+        return with_last(self, initial)
 
     def handle_overflow(
         self, past_key_values: SieveCache, last_msg: list[int], **context: Any
     ) -> tuple[SieveCache | None, list[int] | str]:
-        return _kept(past_key_values, _room(self, context["initial"], context["incoming"])), last_msg
+        room, initial = room_for(self, **context), context["initial"]
+        if room < initial:
+            raise DataError(
+                f"{self.name}: what comes next ({context['incoming']} tokens) does not fit beside the initial context "
+                f"({initial} tokens) below max_seq_len - reserved_seq_len = {self.ctxlen_to_reduce}"
+            )
+        return (keep_tokens(past_key_values, room) if room else None), last_msg
 
 
 class SummarizeAndDrop(BaseContextStrategy):
@@ -204,17 +214,18 @@ class SummarizeAndDrop(BaseContextStrategy):
     def __init__(self, *args: Any, summary_prompt: Any = None, summary_max_length: int = 512, **options: Any) -> None:
         super().__init__(*args, **options)
         if isinstance(summary_prompt, dict):
-            summary_prompt = summary_prompt.get("content")
+            summary_prompt = summary_prompt.get("content", "")
         if summary_prompt is not None and not (isinstance(summary_prompt, str) and summary_prompt.strip()):
             raise PolicyError(f"summary_prompt must be a text, or a message with one, not {summary_prompt!r}")
-        if not isinstance(summary_max_length, int) or summary_max_length < 1:
-            raise PolicyError(f"summary_max_length must be a whole number above 0, not {summary_max_length!r}")
-        if summary_max_length >= self.max_seq_len:
-            raise BudgetError(
-                f"summary_max_length={summary_max_length} leaves nothing of max_seq_len={self.max_seq_len}"
-            )
+        _check_whole("summary_max_length", summary_max_length, 1)
         self.summary_prompt, self.summary_max_length = summary_prompt, summary_max_length
-        self.reserved_for_summary = summary_max_length + _words(summary_prompt or self.DEFAULT_PROMPT)
+        self.reserved_for_summary = summary_max_length + _most_tokens(summary_prompt or self.DEFAULT_PROMPT)
+        if self.ctxlen_to_reduce < 1:
+            raise BudgetError(
+                f"a reply (reserved_seq_len={self.reserved_seq_len}), the request for a summary and the summary "
+                f"(together {self.reserved_for_summary} with summary_max_length={summary_max_length}) leave nothing of "
+                f"max_seq_len={self.max_seq_len}"
+            )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -223,17 +234,13 @@ class SummarizeAndDrop(BaseContextStrategy):
 
     @property
     def ctxlen_to_reduce(self) -> int:
-        """As of every strategy, with room for the request and the summary as well."""
-        return self.max_seq_len - max(self.reserved_seq_len, self.reserved_for_summary)
+        """As of every strategy, with room for the request and the summary as well: they come after a reply, which may
+        have taken all that is reserved for it."""
+        return self.max_seq_len - self.reserved_seq_len - self.reserved_for_summary
 
-    def check(self, initial: int, frame: int) -> None:
-        super().check(initial, frame)
-        if initial + self.summary_max_length + frame >= self.ctxlen_to_reduce:
-            raise BudgetError(
-                f"{self.name}: a context that begins with up to {initial} tokens and a summary of up to "
-                f"{self.summary_max_length} has no room for frames of {frame} below {self.ctxlen_to_reduce} tokens; "
-                "raise max_seq_len or lower summary_max_length"
-            )
+    def _stays(self, initial: int) -> tuple[int, str]:
+        stays = initial + self.summary_max_length
+        return stays, f" behind an initial context of {initial} and summary_max_length={self.summary_max_length}"
 
     def handle_overflow(
         self, past_key_values: SieveCache, last_msg: list[int], **context: Any
@@ -243,175 +250,42 @@ class SummarizeAndDrop(BaseContextStrategy):
         return None, context["opening"](" ".join(part for part in parts if part))
 
 
-class PolicyStrategy(BaseContextStrategy):
-    """Any method of kvsieve by its name: a full cache is reduced to as many tokens as `drop_middle` would keep, and
-    the method chooses which. `full` never reduces.
-
-    Args:
-        method: see `kvsieve.list_methods()`.
-        protect_initial: the initial context stays whatever it scores; by default the method decides.
-        **options: those of every strategy, and the method's hyper-parameters; `window_size` is at most half of
-            `last_keep_len` unless given.
-    """
-
-    def __init__(self, method: str, protect_initial: bool = False, **options: Any) -> None:
-        known = set(inspect.signature(BaseContextStrategy.__init__).parameters) - {"self"}
-        super().__init__(**{name: value for name, value in options.items() if name in known})
-        self.method, self.protect_initial = method, protect_initial
-        self.hyper = {name: value for name, value in options.items() if name not in known}
-        sizes = {field.name: field.default for field in fields(SCORERS[method])} if method in list_methods() else {}
-        window = sizes.get("window_size")
-        if isinstance(window, int):
-            self.hyper.setdefault("window_size", max(1, min(window, self.last_keep_len // 2)))
-        self._policy = self._made()
-
-    def _made(self) -> Policy:
-        if self.method == "full":
-            return get_policy("full", **self.hyper)
-        made = get_policy(self.method, budget=self.max_seq_len, when="request", **self.hyper)
-        guard = made.protect
-        if self.protect_initial:
-            guard = Protect(guard.sink, guard.recent, guard.kinds, guard.kinds_recent, (*guard.segments, 0))
-        return Policy(made.scorer, made.budget, guard, made.trigger, made.share)
-
-    @property
-    def name(self) -> str:
-        return self.method
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return super().settings | {"protect_initial": self.protect_initial} | self.hyper
-
-    def policy(self) -> Policy:
-        return self._policy
-
-    def check(self, initial: int, frame: int) -> None:
-        if not isinstance(self._policy.budget, Unlimited):
-            super().check(initial, frame)
-            _check_sum(self, initial, frame)
-
-    def should_reduce_cache(self, current_seq_len: int) -> bool:
-        return not isinstance(self._policy.budget, Unlimited) and super().should_reduce_cache(current_seq_len)
-
-    def handle_overflow(
-        self, past_key_values: SieveCache, last_msg: list[int], **context: Any
-    ) -> tuple[SieveCache | None, list[int] | str]:
-        return _kept(past_key_values, _room(self, context["initial"], context["incoming"])), last_msg
-
-
-_STRATEGIES: dict[str, Callable[..., BaseContextStrategy]] = {
-    strategy.name: strategy for strategy in (KeepNothing, DropAll, DropMiddle, SummarizeAndDrop)
-}
-
-
-def register_strategy(name: str, strategy: type[BaseContextStrategy]) -> None:
-    """Make a strategy known by name.
-
-    Args:
-        name: what to call it.
-        strategy: the class; it is called with the options as keywords.
-
-    Raises:
-        PolicyError: the name is taken, or this is no class of strategies.
-    """
-    if not (isinstance(strategy, type) and issubclass(strategy, BaseContextStrategy)):
-        raise PolicyError(f"{strategy!r} is no class derived from BaseContextStrategy")
-    if name in ContextStrategyFactory.available() and _STRATEGIES.get(name) is not strategy:
-        raise PolicyError(f"there is a strategy {name!r} already")
-    _STRATEGIES[name] = strategy
-
-
-class ContextStrategyFactory:
-    """Makes strategies by name."""
-
-    @staticmethod
-    def available() -> list[str]:
-        """All names: the strategies, then every method of kvsieve."""
-        return [*_STRATEGIES, *(name for name in list_methods() if name not in _STRATEGIES)]
-
-    @staticmethod
-    def create_strategy(
-        strategy_type: str,
-        max_seq_len: int = 4096,
-        reserved_seq_len: int = 128,
-        last_keep_len: int = 512,
-        **options: Any,
-    ) -> BaseContextStrategy:
-        """A strategy by name.
-
-        Args:
-            strategy_type: `none`, `drop_all`, `drop_middle`, `summarize_and_drop`, a method of kvsieve such as
-                `snapkv`, `full`, or a registered name.
-            max_seq_len: see `BaseContextStrategy`.
-            reserved_seq_len: see `BaseContextStrategy`.
-            last_keep_len: see `BaseContextStrategy`.
-            **options: more options of `BaseContextStrategy` and of the strategy itself.
-
-        Raises:
-            PolicyError: unknown strategy or option.
-            BudgetError: options that cannot be met together.
-        """
-        names = ContextStrategyFactory.available()
-        if strategy_type not in names:
-            raise PolicyError(f"Unknown context strategy: {strategy_type}. Available: {names}")
-        common: dict[str, Any] = {
-            "max_seq_len": max_seq_len,
-            "reserved_seq_len": reserved_seq_len,
-            "last_keep_len": last_keep_len,
-        }
-        if strategy_type not in _STRATEGIES:
-            return PolicyStrategy(strategy_type, **common, **options)
-        cls = _STRATEGIES[strategy_type]
-        known = _options(cls)
-        unknown = sorted(set(options) - known) if known is not None else []
-        if unknown:
-            raise PolicyError(f"{strategy_type} has no option {unknown[0]!r}; it has: {', '.join(sorted(known or ()))}")
-        return cls(**common, **options)
-
-
-def _options(cls: Any) -> set[str] | None:
-    """Keywords that a class of strategies takes, those it hands on to its base included."""
-    names: set[str] = set()
-    for owner in cls.__mro__:
-        if "__init__" not in vars(owner):
-            continue
-        parameters = inspect.signature(owner.__init__).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            break
-    return names - {"self"}
-
-
-def _room(strategy: BaseContextStrategy, initial: int, incoming: int) -> int:
+def room_for(strategy: BaseContextStrategy, initial: int, incoming: int, **context: Any) -> int:
     """Tokens that may stay so that what comes next fits."""
     return min(initial + strategy.last_keep_len, strategy.ctxlen_to_reduce - 1 - incoming)
 
 
-def _kept(cache: SieveCache, count: int) -> SieveCache | None:
-    """The cache with so many tokens left; None for an empty one.
+def keep_tokens(cache: SieveCache, count: int) -> SieveCache:
+    """The cache with so many tokens left in the longest head.
 
     Raises:
-        DataError: the initial context alone is longer.
+        DataError: more than that is protected.
     """
-    if count <= 0:
-        return None
-    try:
-        cache.evict(count)
-    except BudgetError as error:
-        raise DataError(f"what comes next does not fit beside what has to stay: {error}") from error
-    return cache
+    target = count
+    while True:
+        try:
+            cache.evict(target)
+        except BudgetError as error:
+            raise DataError(f"what comes next does not fit beside what has to stay: {error}") from error
+        longest = max(layer.core.store.longest for layer in cache.managed)
+        if longest <= count or target == 1:
+            return cache
+        # methods that share a budget unevenly give some heads more than the mean, which is what they were asked for
+        target = max(1, min(target - 1, target * count // longest))
 
 
-def _check_sum(strategy: BaseContextStrategy, initial: int, frame: int) -> None:
-    need = initial + strategy.last_keep_len + frame
-    if need >= strategy.ctxlen_to_reduce:
-        raise BudgetError(
-            f"{strategy.name}: an initial context of {initial} tokens, last_keep_len={strategy.last_keep_len} and a "
-            f"frame of {frame} make {need}, which has to stay below max_seq_len - reserved_seq_len = "
-            f"{strategy.ctxlen_to_reduce}; raise max_seq_len or lower last_keep_len"
-        )
+def with_last(strategy: BaseContextStrategy, initial: int) -> tuple[int, str]:
+    """The initial context and the last tokens, see `BaseContextStrategy._stays`."""
+    kept = strategy.last_keep_len
+    return initial + kept, f" behind an initial context of {initial} and last_keep_len={kept}"
 
 
-def _words(text: str | Sequence[str]) -> int:
-    """An upper bound on the tokens of a prompt, before any tokenizer is at hand."""
-    return 2 * len(str(text).split()) + 16
+def _check_whole(option: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise PolicyError(f"{option} must be a whole number of {least} or more, not {value!r}")
+
+
+def _most_tokens(text: str) -> int:
+    """An upper bound on the tokens of a request, its marks included, before any tokenizer is at hand: words of most
+    languages are one or two tokens, letters of scripts without spaces up to three."""
+    return 2 * len(text.split()) + 3 * sum(not letter.isascii() for letter in text) + 16

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import PolicyError
 from .context import StreamContext, greedy
+from .factory import PolicyStrategy
 from .records import Substep, VideoRecord
-from .strategies import PolicyStrategy
 from .vlm import VisionLanguageModel
 
-__all__ = ["QUESTION", "Transitions"]
+__all__ = ["QUESTION", "Transitions", "prompts_of"]
 
 QUESTION = (
     "You are watching someone carry out a task. Which step is being done? Answer with the name of the step alone."
@@ -64,3 +65,29 @@ class Transitions:
         text = alone.opened(vlm.format.turn("user", picture.text + self._question) + "Assistant:")
         name = vlm.decode(alone.reply(alone.feed(vlm.encode(text), (picture,)), _ANSWER, greedy))
         return "" if name == self.step else name
+
+
+def prompts_of(question: str, prompt: str, used: bool, annotated: bool) -> tuple[str, str]:
+    """The question to put and the user's line to answer, without marks of pictures.
+
+    Args:
+        question: what asks the model for the present step; empty for the usual question.
+        prompt: what asks for the line at a transition; may be empty.
+        used: whether steps decide when to speak.
+        annotated: whether the steps are known without asking.
+
+    Raises:
+        PolicyError: one that would never be used, or braces in `prompt` that mean nothing.
+    """
+    if (question or prompt) and not used:
+        raise PolicyError('transition_detection_prompt and dialogue_generation_prompt go with speak="transitions"')
+    if question and annotated:
+        raise PolicyError("transition_detection_prompt goes with use_gt_substeps=False")
+    question, prompt = (text.replace("<image>", "").strip() for text in (question, prompt))
+    try:
+        prompt.format(prev_substep="", curr_substep="")
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise PolicyError(
+            f"dialogue_generation_prompt may hold {{prev_substep}} and {{curr_substep}} and no other braces: {error!r}"
+        ) from None
+    return question or QUESTION, prompt

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .. import zoo
-from ..errors import KvsieveError, UnsupportedModelError
+from ..errors import KvsieveError, PolicyError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..cache import SieveCache
 
-__all__ = ["Picture", "StreamFormat", "VisionLanguageModel"]
+__all__ = ["Picture", "StreamFormat", "VisionLanguageModel", "check_device", "dtype_of"]
 
 _FAMILIES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}
 _END = "<end_of_utterance>"
@@ -143,9 +144,25 @@ class VisionLanguageModel:
             processor = _processor_class(config.model_type).from_pretrained(source, **where)
         except UnsupportedModelError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise KvsieveError(f"the model {source!r} cannot be loaded: {error}") from error
         return cls(model.to(device), tokenizer, processor, split_images)
+
+    def check_same(self, device: str, dtype: torch.dtype | None, cache_dir: str | None, split_images: bool) -> None:
+        """Raise where this model is asked for otherwise than it was loaded; see `load`.
+
+        Raises:
+            PolicyError: it is.
+        """
+        wrong = {
+            "device": device != "cpu" and torch.device(check_device(device)).type != self.model.device.type,
+            "torch_dtype": dtype not in (None, self.model.dtype),
+            "cache_dir": cache_dir is not None,
+            "split_images": split_images and not self.split_images,
+        }
+        names = [name for name, differs in wrong.items() if differs]
+        if names:
+            raise PolicyError(f"the model is loaded already, without regard to {', '.join(names)}; load it as wanted")
 
     # ---- words
 
@@ -215,6 +232,7 @@ class VisionLanguageModel:
 
     # ---- a step
 
+    @torch.no_grad()
     def forward(self, ids: list[int], pictures: list[Picture], cache: SieveCache, position: int) -> Tensor:
         """Feed tokens, and the pictures that stand among them; `[vocabulary]` float32 logits after the last one.
 
@@ -248,12 +266,25 @@ def check_device(device: str) -> str:
     """
     name = str(device)
     try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise KvsieveError(f"device={device!r} is no device; use 'cpu', or 'cuda' where there is a GPU") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise KvsieveError(f"device={device!r}, but there is no CUDA device here; use device='cpu'")
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        reason = str(error).splitlines()[0]
+        raise KvsieveError(f"device={device!r} is not there, use 'cpu', or 'cuda' with a GPU: {reason}") from None
     return name
+
+
+def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of weights that a name means.
+
+    Raises:
+        PolicyError: it means none.
+    """
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PolicyError(f"torch_dtype={name!r} is no type of weights; use 'float32', 'bfloat16' or 'float16'")
+    return found
 
 
 def _check(config: Any) -> None:
