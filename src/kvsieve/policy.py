@@ -115,6 +115,7 @@ class Policy:
         protected = view.protected
         if not decided:
             counts = self._above_protection(counts, protected, view)
+        view.counts = counts
         scores = check_scores(self.scorer.score(view), view.positions, valid)
         per_head = self.share.per_head(scores, valid, protected, counts)
         return self.share.choose(scores, view.positions, valid, protected, per_head)
@@ -131,7 +132,8 @@ class Policy:
             return False, None
         if not self.trigger.fires(view):
             return True, None
-        floor, counts = min(view.seen, guard.smallest), self._layer_counts(view).tolist()
+        floor = min(view.seen, max(guard.smallest, self.scorer.least(view)))
+        counts = self._layer_counts(view).tolist()
         if min(counts) < floor and not isinstance(self.budget, (Ratio, EvictRatio)):
             return False, None  # `keep` refuses where it has to
         excess = [view.held - max(count, floor) for count in counts]
@@ -139,6 +141,7 @@ class Policy:
             return True, None
         if min(excess) != 1 or max(excess) != 1:
             return False, None
+        view.counts = torch.tensor([max(count, floor) for count in counts])
         scores = check_scores(self.scorer.score(view), view.positions)
         return True, lowest_slot(scores, view.positions, view.protected)
 
@@ -152,13 +155,15 @@ class Policy:
 
     def _above_protection(self, counts: Tensor, protected: Tensor, view: LayerView) -> Tensor:
         """A ratio never cuts into protection (the measured rate tells); a token or byte budget must not be able to."""
-        needed = protected.sum(-1).amax(-1).cpu()
+        least = self.scorer.least(view)
+        needed = protected.sum(-1).amax(-1).cpu().clamp_min(least)
         if isinstance(self.budget, (Ratio, EvictRatio)) or not bool((needed > counts).any()):
             return torch.maximum(counts, needed)
+        smallest = int(needed.max())
         raise BudgetError(
             f"{self.name}: layer {view.layer_idx} may keep {int(counts.min())} tokens per head, but "
-            f"{int(needed.max())} are protected; the smallest legal budget here is {int(needed.max())} tokens per "
-            "head in every layer"
+            f"{smallest} are {'needed' if smallest == least else 'protected'}; the smallest legal budget here is "
+            f"{smallest} tokens per head in every layer"
         )
 
     def to_dict(self) -> dict[str, Any]:

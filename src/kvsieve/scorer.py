@@ -58,6 +58,16 @@ class Scorer:
         host that computes attention itself then counts it on the way. Empty otherwise."""
         return ""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether a token's score is settled when it arrives, whatever comes later and whatever is evicted."""
+        return False
+
+    def least(self, view: LayerView) -> int:
+        """Tokens per head below which the method has no rule for what stays. A ratio does not go below it; a token or
+        byte budget must not."""
+        return 0
+
     def default_budget(self) -> Budget | None:
         """Budget when the caller names none; `None` means that one must be named."""
         return None
@@ -84,6 +94,10 @@ class Scorer:
 @dataclass(frozen=True)
 class StaticScorer(Scorer):
     """A scorer whose verdict on a token is fixed when the token arrives."""
+
+    @property
+    def fixed(self) -> bool:
+        return type(self).observe is StaticScorer.observe and type(self).score is StaticScorer.score
 
     def token_score(self, view: LayerView) -> Tensor:
         """`[B, Hkv, T]` worth of the new tokens."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .errors import PolicyError
 from .ledger import KEY, KIND, POSITION, SEGMENT, VALUE, Kind
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class LayerView:
         self._layer, self._store = layer, layer.store
         self._queries, self._visibility, self._hidden = queries, visibility, hidden
         self._collected = collected
+        self._counts: Tensor | None = None
         self.layer_idx, self.rank, self.n_layers = layer.layer_idx, layer.rank, layer.n_layers
         self.seen, self.new = layer.seen, visibility.count
         self.first = layer.first
@@ -126,6 +128,18 @@ class LayerView:
         """`[B, Hkv, N]` bool: the slot holds a token that is not padding."""
         live = self._store.live
         return live & (self._store.read(KIND) != Kind.PAD) if self.has(KIND) else live
+
+    @property
+    def counts(self) -> Tensor:
+        """`[B]` int64 on the CPU: tokens per head that may stay, on average over heads. For `score`, while a decision
+        is made; a threshold has no such number."""
+        if self._counts is None:
+            raise PolicyError(f"{self._layer.policy.name} needs to know how many may stay: name a budget, no threshold")
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: Tensor) -> None:
+        self._counts = counts
 
     @cached_property
     def protected(self) -> Tensor:

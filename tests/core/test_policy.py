@@ -17,7 +17,8 @@ from kvsieve.triggers import AfterPrefill, EveryForward, EveryTokens, OverLength
 
 
 def make(name: str, **settings) -> Policy:
-    return kvsieve.get_policy(name, **({"budget": 128} | settings if name != "full" else {}))
+    budget = {"full": {}, "sink_recent_uniform": {"budget": 2048}}.get(name, {"budget": 128})
+    return kvsieve.get_policy(name, **({**budget, **settings} if name != "full" else {}))
 
 
 @pytest.mark.parametrize("name", kvsieve.list_methods())

@@ -18,9 +18,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "expected_attention": {"n_sink": 2, "n_future_positions": 16},
     "h2o": {"window_size": 4},
     "kvzap": {"window": 4},
+    "ladder": {"n_sink": 2},
     "lagkv": {"n_sink": 2, "lag_size": 3},
     "pyramidkv": {"window_size": 4, "kernel_size": 3, "beta": 4},
     "sink_recent": {"sink_tokens": 2, "recent_tokens": 4},
+    "sink_recent_uniform": {"sink_tokens": 2, "recent_tokens": 4, "block_size": 2},
     "snapkv": {"window_size": 4, "kernel_size": 3},
     "streaming_llm": {"n_sink": 2},
 }

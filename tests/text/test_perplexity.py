@@ -40,6 +40,7 @@ def tight(name: str):
     """The method with a budget that it hits early in the text."""
     hyper = {"snapkv": {"window_size": 8}, "lagkv": {"lag_size": 8}, "h2o": {"window_size": 5}}
     hyper |= {"pyramidkv": {"window_size": 8}, "adakv_snapkv": {"window_size": 8}}
+    hyper |= {"sink_recent_uniform": {"sink_tokens": 3, "recent_tokens": 6, "block_size": 2}}
     if name == "full":
         return get_policy("full")
     try:

@@ -23,7 +23,6 @@ from ..budgets import Bytes, Ratio, Threshold, Tokens
 from ..errors import UnsupportedModelError
 from ..layer import KVLayer
 from ..policy import Policy
-from ..scorer import StaticScorer
 from ..select import check_scores
 from ..shares import Pyramid, Uniform
 from ..triggers import EveryForward
@@ -63,8 +62,7 @@ def one_pass_reason(policy: Policy, positions: str = "original") -> str | None:
         )
     if type(budget) not in (Tokens, Ratio, Bytes, Threshold):
         return f"{name} has a kind of budget that one pass does not know ({type(budget).__name__})"
-    fixed = type(scorer).observe is StaticScorer.observe and type(scorer).score is StaticScorer.score
-    if fixed or (type(scorer) in METHODS and not isinstance(budget, Threshold)):
+    if scorer.fixed or (type(scorer) in METHODS and not isinstance(budget, Threshold)):
         return None
     return f"{name} judges a key anew at every step, from more than the attention of that step"
 
@@ -132,7 +130,7 @@ class OnePassLayer(ParallelLayer):
         core.append(key, value)
         view = LayerView(core, query, visibility, self.hidden)
         try:
-            if not isinstance(policy.scorer, StaticScorer):
+            if not policy.scorer.fixed:
                 drops = drops_per_step(view, core, n)
                 return Recurrence(policy.scorer, policy.protect, query, key, core).deaths(drops)
             policy.scorer.observe(view)

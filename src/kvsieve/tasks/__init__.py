@@ -1,0 +1,1 @@
+"""Long-context tasks and how their answers are scored."""
