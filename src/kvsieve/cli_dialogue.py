@@ -24,7 +24,7 @@ ALL = ("none", "drop_all", "drop_middle", "summarize_and_drop")
 """What `--strategy all` runs."""
 DEMO: dict[str, Any] = {
     "strategy": "full,none,drop_all,drop_middle,drop_middle+original,drop_middle+naive,summarize_and_drop,h2o,snapkv",
-    "videos": 6,
+    "videos": 4,
     "max_seq_len": 192,
     "reserved_seq_len": 24,
     "last_keep_len": 48,
@@ -91,7 +91,7 @@ def dialogue(
         typer.Option(help="Seconds that a line may be early or late, or the name of a data set. [default: auto]"),
     ] = None,
     similarity: Annotated[str | None, typer.Option(help="token_f1, exact, or one that is registered.")] = None,
-    videos: Annotated[int | None, typer.Option(help="Videos, at most. [demo: 6]")] = None,
+    videos: Annotated[int | None, typer.Option(help="Videos, at most. [demo: 4]")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of records that do not say.")] = None,
     frames_root: Annotated[str | None, typer.Option(help="Folder that paths of frames start from.")] = None,
     seed: Annotated[int, typer.Option(help="Of the demo's videos, of random eviction and of sampling.")] = 0,
