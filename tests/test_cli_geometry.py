@@ -253,7 +253,7 @@ def test_help_says_what_there_is():
 def test_the_zoo_knows_kinds():
     assert zoo.list_models("text") == ["mini-lm"]
     assert zoo.list_models("geometry") == ["mini-stream3r"]
-    assert zoo.list_models() == ["mini-lm", "mini-stream3r"]
+    assert zoo.list_models() == ["mini-lm", "mini-stream3r", "mini-vlm"]
 
 
 def test_the_zoo_loads_a_stream3r_alone(model, monkeypatch):
