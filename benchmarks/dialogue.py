@@ -2,8 +2,8 @@
 
 overhead   seconds of a frame with reductions / seconds of a frame without, at equal cache length: streams that are
            reduced whenever they are full alternate with streams that start afresh there; compared are frames at cache
-           lengths that both have, the time of the reductions shared out over the frames between them. Always silent,
-           so that every frame is one forward pass. Bundled model, and a larger one with random weights.
+           lengths that both have (medians), the time of the reductions shared out over the frames between them.
+           Always silent, so that every frame is one forward pass. Bundled model, and a larger one with random weights.
 endless    the bundled model over many thousand frames: tokens and bytes of the cache, memory of the process and
            seconds per frame, early and late.
 
@@ -31,7 +31,7 @@ from kvsieve.dialogue import DropMiddle, PolicyStrategy, VisionLanguageModel, VL
 from kvsieve.dialogue.assembly import HELD_OUT, SIDE, AssemblyVideo
 
 SETTINGS: dict[str, int] = {"max_seq_len": 192, "reserved_seq_len": 24, "last_keep_len": 48}
-LONG: dict[str, int] = {"max_seq_len": 1024, "reserved_seq_len": 24, "last_keep_len": 384}
+LONG: dict[str, int] = {"max_seq_len": 512, "reserved_seq_len": 24, "last_keep_len": 192}
 
 
 def rss() -> int:
@@ -80,10 +80,11 @@ def overhead(vlm: VisionLanguageModel, settings: dict[str, int], name: str, repe
         while len(theirs) < len(mine):
             again = full.stream(record(video, high // 2))
             theirs += [out for out in again if low <= out.cache_tokens <= high]
-        per_frame = statistics.fmean(out.seconds for out in mine)
-        plain = statistics.fmean(out.seconds for out in theirs)
+        events = [event["seconds"] for out in mine for event in out.events]
+        shared_out = sum(events) / len(mine)
+        per_frame = statistics.median(out.seconds for out in mine if not out.events) + shared_out
+        plain = statistics.median(out.seconds for out in theirs)
         ratios.append(per_frame / plain)
-    events = [event["seconds"] for out in mine for event in out.events]
     return {
         "model": name,
         **settings,
