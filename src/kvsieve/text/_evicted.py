@@ -53,12 +53,14 @@ class EvictedLayer(DynamicLayer):
                 f"cannot take back {-tokens_to_remove} tokens: only {self._held() - self.settled} came after the last "
                 "eviction, and what was evicted before them is gone"
             )
-        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.keys is not None and self.values is not None:
+            self.keys, self.values = (x[..., :tokens_to_remove, :] for x in (self.keys, self.values))
 
     def reset(self) -> None:
-        """Forget the sequence."""
+        """Forget the sequence. Done here, since versions of `transformers` differ in what is left."""
         self.evicted = self.settled = 0
-        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
 
     def _held(self) -> int:
         return self.keys.shape[-2] if self.is_initialized and self.keys is not None and self.keys.numel() else 0
