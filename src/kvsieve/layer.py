@@ -259,12 +259,13 @@ class KVLayer:
         `positions="contiguous"`; layers and heads that hold less than `length` begin later."""
         assert self.rope is not None
         moved, self.next_place = length - self.next_place, length
-        if not self.seen or not moved:
+        if not self.seen:
             return
-        live = self.store.live
-        positions = self.store.read(POSITION).long().masked_fill(~live, torch.iinfo(torch.int64).max)
-        target = positions.argsort(-1).argsort(-1) + (length - live.sum(-1, keepdim=True))
-        keys = self._shifted((target - self.store.read(PLACE)).masked_fill(~live, 0))
+        live, target = self.store.live, length - 1 - self._newer_held()
+        shift = (target - self.store.read(PLACE)).masked_fill(~live, 0)
+        if not moved and not bool(shift.any()):
+            return
+        keys = self._shifted(shift)
         if isinstance(self.store, DenseStore):
             self.store.columns[KEY][:, :, : self.store.longest] = keys
             self.store.columns[PLACE][:, :, : self.store.longest] = target
@@ -346,9 +347,8 @@ class KVLayer:
         assert self.rope is not None
         if isinstance(self.store, DenseStore):
             return self.rope.shift(self.store.read(KEY), shift)
-        return self.rope.shift(self.store.columns[KEY][None, None], self._flat(shift, self.store.live)[None, None])[
-            0, 0
-        ]
+        flat = self._flat(shift, self.store.live)
+        return self.rope.shift(self.store.columns[KEY][None, None], flat[None, None])[0, 0]
 
     def _flat(self, values: Tensor, live: Tensor) -> Tensor:
         """`[B, Hkv, N]` -> `[total]`, as a ragged store lays its tokens out."""
@@ -360,10 +360,14 @@ class KVLayer:
 
     def _shifts(self) -> Tensor:
         """`[B, Hkv, N]`: how many evicted tokens are newer than each held token; gaps close towards the newest."""
-        positions, live = self.store.read(POSITION).long(), self.store.live
-        rank = positions.argsort(-1).argsort(-1)
-        newer_held = positions.shape[-1] - 1 - rank
-        return ((self.seen - 1 - positions) - newer_held).masked_fill(~live, 0)
+        positions = self.store.read(POSITION).long()
+        return ((self.seen - 1 - positions) - self._newer_held()).masked_fill(~self.store.live, 0)
+
+    def _newer_held(self) -> Tensor:
+        """`[B, Hkv, N]`: how many of the tokens that a head holds are newer than each of them. Slots without a token
+        count as the oldest."""
+        positions = self.store.read(POSITION)
+        return positions.shape[-1] - 1 - positions.argsort(-1).argsort(-1)
 
     def _heads(self, query_heads: int, visible: Visible | None) -> Iterator[_Head]:
         """Every head of a ragged store, with what its part of the attention needs."""

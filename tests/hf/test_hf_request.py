@@ -85,6 +85,19 @@ def test_what_does_not_move_keeps_its_bits():
     assert torch.equal(cache.managed[0].core.store.read(KEY)[:, :, :2], before)
 
 
+def test_gaps_of_a_shorter_head_close_although_the_longest_lets_nothing_go():
+    model = models.build("llama", torch.float32)
+    cache = SieveCache(model, on_request("random"), positions="contiguous")
+    feed(model, cache, models.words(1, 12))
+    core = cache.managed[0].core
+    keep = torch.ones(1, 2, 12, dtype=torch.bool)
+    keep[0, 1, 2:7] = False
+    core.store = core.store.keep(keep)
+    core.place(12)
+    assert core.store.read(PLACE)[0, 0].tolist() == list(range(12))
+    assert core.store.read(PLACE)[0, 1, :7].tolist() == list(range(5, 12))
+
+
 def test_only_a_request_evicts_and_nothing_fed_is_nothing_evicted():
     model = models.build("llama", torch.float32)
     cache = SieveCache(model, on_request("h2o"))
