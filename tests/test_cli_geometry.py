@@ -219,7 +219,7 @@ def test_a_small_model_runs_on_one_thread_unless_told(asked, images, model, monk
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     invoke("--images", images, "--model", model)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("kvsieve.cli_geometry._SMALL", 1000)
+    monkeypatch.setattr("kvsieve.cli_common._SMALL", 1000)
     invoke("--images", images, "--model", model)
     assert told == [1]
 

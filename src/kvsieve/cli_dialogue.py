@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_geometry import typed_flags
+from .cli_common import few_threads, typed_flags
 from .errors import DataError, PolicyError
 
 if TYPE_CHECKING:
@@ -42,8 +41,6 @@ _RUNNER = (
     "transition_detection_prompt", "dialogue_generation_prompt", "use_kv_cache", "use_knowledge", "split_images", "fps",
     "seed",
 )  # fmt: skip
-_SMALL = 30_000_000
-"""Parameters below which one thread is fastest."""
 
 
 def dialogue(
@@ -224,15 +221,10 @@ def _runner(vlm: VisionLanguageModel, name: str, options: Mapping[str, Any]) -> 
 
 
 def _load(name: str, device: str, dtype: str | None, split_images: bool) -> VisionLanguageModel:
-    """The model; the steps of a small one are too short to share between threads."""
-    import torch
-
-    from .dialogue.runner import dtype_of
-    from .dialogue.vlm import VisionLanguageModel
+    from .dialogue.vlm import VisionLanguageModel, dtype_of
 
     vlm = VisionLanguageModel.load(name, device, dtype_of(dtype), split_images=split_images)
-    if sum(p.numel() for p in vlm.model.parameters()) < _SMALL and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    few_threads(vlm.model)
     return vlm
 
 

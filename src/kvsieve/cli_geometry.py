@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_common import few_threads, typed_flags
 from .errors import BudgetError, DataError, PolicyError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .geometry.run import Progress
     from .geometry.runs import Run
 
-__all__ = ["DEMO", "geometry", "typed_flags"]
+__all__ = ["DEMO", "geometry"]
 
 DEMO: dict[str, Any] = {
     "compare": "full,window,recent,random,frame_attention,evict3r,frame_attention(ratio=0.3)",
@@ -30,8 +30,6 @@ DEMO: dict[str, Any] = {
 """What `--demo` changes; flags that are typed win."""
 _FIRST_SCENE = 1000
 """Held-out scenes that the demo skips: the training recipe watches its progress on the first ones."""
-_SMALL = 30_000_000
-"""Parameters below which one thread is fastest."""
 
 
 def geometry(
@@ -104,7 +102,7 @@ def geometry(
     from .report.terminal import make_console
 
     loaded = _load(model, device, skip_track_head)
-    _few_threads(loaded)
+    few_threads(loaded)
     sequences, count = _frames(images, loaded, preprocess, frames, scenes, seed)
     asked = Asked(
         tokens_per_frame=loaded.tokens_per_frame(*_size(sequences)),
@@ -141,18 +139,6 @@ def geometry(
 
 
 # ---- from flags to values
-
-
-def typed_flags(ctx: typer.Context) -> dict[str, str]:
-    """Flags that were typed, by parameter, as one would type them again."""
-    out = {}
-    for parameter in ctx.command.params:
-        source = ctx.get_parameter_source(parameter.name or "")
-        if source is not None and source.name == "COMMANDLINE":
-            value, flags = ctx.params[parameter.name or ""], [*parameter.opts, *parameter.secondary_opts]
-            flag = flags[0] if value is not False else flags[-1]
-            out[parameter.name or ""] = flag if isinstance(value, bool) else f"{flag}={value}"
-    return out
 
 
 def _names(compare: str | None, policy: str | None, mode: str, eviction_ratio: float | None, budget: bool) -> list[str]:
@@ -205,16 +191,6 @@ def _load(name: str, device: str | None, skip_track_head: bool) -> STream3R:
         loaded: STream3R = zoo.load(name, device=where)
         return loaded
     return STream3R.from_pretrained(name, device=where, skip_track_head=skip_track_head)
-
-
-def _few_threads(model: STream3R) -> None:
-    """The steps of a small model are too short to share: threads wait for each other longer than they work, and for
-    seconds where another program has the second core. `OMP_NUM_THREADS` goes before this."""
-    import torch
-
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    if weights < _SMALL and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
 
 
 def _frames(

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .assembly import AssemblyVideo
     from .baseline import BaselineGenerator
     from .factory import ContextStrategyFactory, PolicyStrategy, register_strategy
+    from .frame_output import FrameOutput
     from .frames import Frames, open_frames
     from .matching import Matching, Pair, Window, assign, get_window, match
     from .metrics import Difference, Interval, PooledScore, VideoScore, difference, pool, score_video
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from .records import Substep, Turn, Utterance, VideoRecord, parse_record, read_records
     from .results import ResultFiles, RunnerNumbers, metrics_table, write_metrics
     from .run import run_dialogue
-    from .runner import FrameOutput, VLMStreamRunner
+    from .runner import VLMStreamRunner
     from .similarity import get_similarity, list_similarities, register_similarity, sentence_encoder
     from .strategies import BaseContextStrategy, DropAll, DropMiddle, KeepNothing, SummarizeAndDrop
     from .timeline import draw_timeline
@@ -84,7 +85,8 @@ _LAZY = {
         "frames": ("Frames", "open_frames"),
         "page": ("write_timeline_page",),
         "run": ("run_dialogue",),
-        "runner": ("FrameOutput", "VLMStreamRunner"),
+        "frame_output": ("FrameOutput",),
+        "runner": ("VLMStreamRunner",),
         "factory": ("ContextStrategyFactory", "PolicyStrategy", "register_strategy"),
         "strategies": ("BaseContextStrategy", "DropAll", "DropMiddle", "KeepNothing", "SummarizeAndDrop"),
         "timeline": ("draw_timeline",),

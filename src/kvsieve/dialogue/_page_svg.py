@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from ._timeline import LOOKS, Band, Mark, Picture, Timeline, captions, place_labels, thumbnails
+from ._timeline import LOOKS, Band, Mark, Picture, Timeline, captions, place_labels, shrunk, thumbnails
 
 __all__ = ["Drawing", "icon", "off", "seconds"]
 
@@ -72,7 +72,7 @@ class Drawing:
         """Frames side by side."""
         small = thumbnails(self.timeline, frames, self.second, _STRIP)
         for left, right, picture in small:
-            data = base64.b64encode(_png(_shrunk(picture, 2 * _STRIP))).decode()
+            data = base64.b64encode(_png(shrunk(picture, 2 * _STRIP))).decode()
             size = f'width="{(right - left) * self.second:.1f}" height="{_STRIP}"'
             self.parts.append(
                 f'<image x="{self.x(left)}" y="{self.y:g}" {size} href="data:image/png;base64,{data}" role="img" '
@@ -227,14 +227,6 @@ def off(delta: float) -> str:
 def _width(text: str) -> float:
     """At most so many pixels; letters of East Asia are twice as wide."""
     return sum(_LETTER if ord(letter) < 0x1100 else 2 * _LETTER for letter in text)
-
-
-def _shrunk(picture: Picture, height: int) -> Picture:
-    """A picture of at most about twice this height: the mean of every block of pixels."""
-    block = max(1, min(len(picture) // height, picture.shape[1]))
-    rows, columns = (size // block for size in picture.shape[:2])
-    blocks = picture[: rows * block, : columns * block].reshape(rows, block, columns, block, 3)
-    return np.asarray(blocks.mean((1, 3)).round(), np.uint8)
 
 
 def _png(picture: Picture) -> bytes:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median_low
 from unicodedata import category
 
@@ -29,7 +27,7 @@ __all__ = [
     "make_timeline",
     "one_line",
     "place_labels",
-    "save",
+    "shrunk",
     "thumbnails",
 ]
 
@@ -362,11 +360,9 @@ def thumbnails(
     return [(at, at + wide, frames[int(middle * fps)]) for at, middle in zip(starts, middles, strict=True)]
 
 
-def save(file: str | Path, content: bytes) -> Path:
-    """Write a file in one step, folder included, so that a reader never sees half of it."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(f"{file.name}.{os.getpid()}.part")
-    half.write_bytes(content)
-    half.replace(file)
-    return file
+def shrunk(picture: Picture, height: int) -> Picture:
+    """A picture of at most about twice this height: the mean of every block of pixels."""
+    block = max(1, min(len(picture) // height, picture.shape[1]))
+    rows, columns = (size // block for size in picture.shape[:2])
+    blocks = picture[: rows * block, : columns * block].reshape(rows, block, columns, block, 3)
+    return np.asarray(blocks.mean((1, 3)).round(), np.uint8)

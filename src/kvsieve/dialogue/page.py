@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ._page_svg import Drawing, icon, off, seconds
-from ._timeline import LOOKS, Band, Picture, Timeline, make_timeline, save
+from ._timeline import LOOKS, Band, Picture, Timeline, make_timeline
 from .matching import Window
 from .predictions import VideoPrediction
+from .results import save
 from .similarity import Similarity
 
 __all__ = ["write_timeline_page"]

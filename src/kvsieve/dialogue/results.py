@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DataError
 from .metrics import VideoScore, pool
 
-__all__ = ["ResultFiles", "RunnerNumbers", "metrics_table", "write_json", "write_metrics"]
+__all__ = ["ResultFiles", "RunnerNumbers", "metrics_table", "save", "write_json", "write_metrics"]
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,17 @@ def write_json(file: Path, data: Mapping[str, Any]) -> None:
         text = json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{file}: cannot be written as JSON: {error}") from None
+    save(file, f"{text}\n".encode())
+
+
+def save(file: str | Path, content: bytes) -> Path:
+    """Write a file in one step, folder included, so that a reader never sees half of it."""
+    file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_name(f"{file.name}.{os.getpid()}.part")
-    half.write_text(text + "\n", encoding="utf-8")
+    half.write_bytes(content)
     half.replace(file)
+    return file
 
 
 def _video_row(score: VideoScore) -> dict[str, Any]:

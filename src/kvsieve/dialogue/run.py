@@ -12,6 +12,7 @@ import torch
 
 from ..errors import DataError, KvsieveError
 from ..report.tables import markdown_table
+from ._timeline import shrunk
 from .baseline import BaselineGenerator
 from .matching import Window, get_window
 from .metrics import VideoScore, difference
@@ -34,8 +35,8 @@ HOW_TO_READ = (
     "`to full` is the difference in F1 to the stream that drops nothing. `tokens` are the most that were held, and the "
     "mean; `bytes` the most that keys and values took; `spoke` the share of frames at which something was said."
 )
-_MOST_FRAMES = 4000
-"""Frames of the pictured video that are read for its thumbnails."""
+_MOST_FRAMES, _THUMBNAIL = 4000, 192
+"""Frames of the pictured video that are read for its thumbnails, and the height in pixels that they are kept at."""
 
 Watch = Callable[[str, str, int, int], None]
 """Called with the strategy, the key of a video, how many videos are done, and how many there are."""
@@ -191,7 +192,7 @@ def _picture(
     if all(one.status != "ok" for one in shown.values()):
         return
     try:
-        frames = list(itertools.islice(frames_of(video), _MOST_FRAMES))
+        frames = [shrunk(frame, _THUMBNAIL) for frame in itertools.islice(frames_of(video), _MOST_FRAMES)]
     except KvsieveError:
         frames = []  # a stream that can be read once only
     options: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,41 +17,15 @@ from torch import Tensor
 from ..errors import DataError, PolicyError
 from .context import StreamContext, greedy, sampler
 from .factory import ContextStrategyFactory
-from .predictions import Summary, VideoPrediction
-from .records import Turn, Utterance, VideoRecord, parse_record
+from .frame_output import FrameOutput, prediction_of
+from .predictions import Summary
+from .records import Turn, VideoRecord, parse_record
 from .script import Script, frames_of, name_of, script_of
 from .strategies import BaseContextStrategy, SummarizeAndDrop
 from .transitions import Transitions, prompts_of
 from .vlm import VisionLanguageModel, dtype_of
 
-__all__ = ["FrameOutput", "VLMStreamRunner", "dtype_of"]
-
-
-@dataclass(frozen=True)
-class FrameOutput:
-    """What happened at one frame.
-
-    Attributes:
-        gen: what was said; empty for silence.
-        ref: what was to be said at this frame, lines joined by a space; empty for silence.
-        frame_idx_in_stream: from 0.
-        timestamp_in_stream: seconds on the clock of the video.
-        silence: probability that the model gave to silence; None where it was not asked.
-        cache_tokens: tokens in the cache after the frame.
-        seconds: time that the frame took, reply and reductions included.
-        events: reductions of the cache in front of this frame.
-        summaries: summaries written in front of this frame.
-    """
-
-    gen: str
-    ref: str
-    frame_idx_in_stream: int
-    timestamp_in_stream: float
-    silence: float | None = None
-    cache_tokens: int = 0
-    seconds: float = 0.0
-    events: tuple[Mapping[str, Any], ...] = ()
-    summaries: tuple[Summary, ...] = ()
+__all__ = ["VLMStreamRunner"]
 
 
 @dataclass
@@ -237,34 +210,7 @@ class VLMStreamRunner:
         outputs = list(self.stream(record))  # at least one: frames without end or beginning are refused
         context = self.context
         assert context is not None
-        spoken = tuple(
-            Utterance(one.timestamp_in_stream, one.gen, one.frame_idx_in_stream) for one in outputs if one.gen
-        )
-        asked = [one.silence for one in outputs if one.silence is not None]
-        numbers = {
-            "cache_compressions": context.compressions,
-            "avg_cache_size": float(np.mean([one.cache_tokens for one in outputs])),
-            "max_cache_size": context.largest,
-            "cache_bytes": context.bytes_largest,
-            "time_per_frame": float(np.mean([one.seconds for one in outputs])),
-            "median_time_per_frame": float(np.median([one.seconds for one in outputs])),
-            "peak_memory_mb": _peak_memory(self.vlm.model.device),
-            "tokens_fed": context.fed,
-            "mean_silence": float(np.mean(asked)) if asked else None,
-        }
-        prediction = VideoPrediction(
-            video_id=record.video_id,
-            key=record.key,
-            fps=record.fps,
-            dataset=record.dataset,
-            frames=len(outputs),
-            spoken=spoken,
-            references=record.references,
-            summaries=tuple(summary for one in outputs for summary in one.summaries),
-            events=tuple(event for one in outputs for event in one.events),
-            cache_tokens=tuple(one.cache_tokens for one in outputs),
-            numbers=numbers,
-        )
+        prediction = prediction_of(record, outputs, context)
         return {"video_id": record.video_id, "predictions": outputs, "prediction": prediction}
 
     @torch.inference_mode()
@@ -428,16 +374,3 @@ class VLMStreamRunner:
         """What stands in the stream where nothing was said."""
         fmt = self.vlm.format
         return [fmt.silence, *(self.vlm.encode("\n") if fmt.after else [])]
-
-
-def _peak_memory(device: torch.device) -> float | None:
-    """MB: the most that was allocated on an accelerator, else the most that the process has held, where the system
-    tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -24,11 +24,11 @@ from ._timeline import (
     make_timeline,
     one_line,
     place_labels,
-    save,
     thumbnails,
 )
 from .matching import Window
 from .predictions import VideoPrediction
+from .results import save
 from .similarity import Similarity
 
 __all__ = [
