@@ -12,9 +12,10 @@ import torch
 
 import kvsieve
 from kvsieve import zoo
-from kvsieve._compare.cells import jsonable, read_json, read_rows
+from kvsieve._compare.cells import read_rows
 from kvsieve._compare.settings import DEFAULT_METHODS, Settings, resolve_methods
 from kvsieve._compare.summary import summarise
+from kvsieve._rowlog import jsonable, read_json
 from kvsieve.compare import compare_compression_methods, merge_results
 from kvsieve.errors import BudgetError, DataError, KvsieveError, PolicyError
 from kvsieve.scorer import SCORERS, StaticScorer

@@ -11,6 +11,9 @@ import typer
 from . import __version__
 from .cli_dialogue import dialogue
 from .cli_geometry import geometry
+from .cli_longbench import longbench
+from .cli_pictures import diff, report, visualize
+from .cli_ruler import ruler
 from .errors import KvsieveError
 
 __all__ = ["app", "main"]
@@ -207,7 +210,7 @@ def train_kvzap(
     debug: Debug = False,
 ) -> None:
     """Train the surrogate that the kvzap method needs, for any model."""
-    from ._compare.identity import find_device, load_model
+    from ._identity import find_device, load_model
     from .text.data import read_jsonl
     from .text.train_kvzap import standard_library_docstrings
     from .text.train_kvzap import train_kvzap as train
@@ -234,8 +237,8 @@ def train_kvzap(
     typer.echo(f"Use it with: kvsieve compare --model {model} --kvzap-scorer-model {output_dir} --threshold match")
 
 
-app.command()(_clear_errors(geometry))
-app.command()(_clear_errors(dialogue))
+for _command in (longbench, ruler, visualize, diff, report, geometry, dialogue):
+    app.command()(_clear_errors(_command))
 
 
 @app.command()

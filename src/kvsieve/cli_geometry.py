@@ -180,7 +180,7 @@ def _ratios(text: str | None) -> tuple[float, ...]:
 
 def _load(name: str, device: str | None, skip_track_head: bool) -> STream3R:
     from . import zoo
-    from ._compare.identity import find_device
+    from ._identity import find_device
     from .geometry import STream3R
 
     where = find_device(device)

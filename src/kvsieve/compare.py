@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compare.cells import FORMAT, PLAN, CellLog, jsonable, read_json, read_rows, write_text
+from ._compare.cells import FORMAT, PLAN, CellLog, read_rows
 from ._compare.settings import Settings
 from ._compare.summary import missing_cells, summarise
 from ._compare.watcher import Watcher
+from ._rowlog import jsonable, read_json, write_text
 from .errors import DataError
 from .report.plots import has_matplotlib, quality_against_memory
 from .report.tables import to_csv, to_markdown
@@ -143,7 +144,7 @@ def merge_results(output_dir: str = "./comparison_results", quiet: bool = False)
         DataError: there is no plan, or cells are missing.
     """
     folder = Path(output_dir)
-    about = read_json(folder / PLAN)
+    about = read_json(folder / PLAN, "run `kvsieve compare` with this output folder first")
     if about.get("format") != FORMAT:
         raise DataError(f"{folder / PLAN} has format {about.get('format')!r}; this version reads {FORMAT}")
     result = _finish(folder, about, quiet)

@@ -19,6 +19,8 @@ from wordlists import LINKS, NAMES, OPENINGS, WORDS
 KINDS = ("prose", "facts", "table", "copy", "drill")
 ANSWER = 2.0
 FRAME = 0.5
+SPARSE = 0.4
+"""Share of the texts with facts that hold at most eight of them, however long: few, far apart, are hard to find."""
 GOLDEN = 0.6180339887498949
 Ints = NDArray[np.int64]
 
@@ -171,7 +173,8 @@ class Mixture:
         """Prose with facts stated at sentence ends and asked for later, half of them at the very end."""
         rng, how = self.rng, self.phrasing()
         kind = str(rng.choice(["word", "number", "pair"], p=[0.55, 0.35, 0.1]))
-        keys = self.keys(max(2, int(rng.integers(length // 128, length // 32 + 2))))
+        fewest, most = (1, 8) if rng.random() < SPARSE else (length // 128, length // 32 + 1)
+        keys = self.keys(max(1 if most == 8 else 2, int(rng.integers(fewest, most + 1))))
         values = [self.value(kind) for _ in keys]
         statements = [self.statement(how, k, v) for k, v in zip(keys, values, strict=True)]
         room = int(length * 0.7) - sum(map(len, statements))

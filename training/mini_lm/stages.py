@@ -19,14 +19,14 @@ class Stage:
 
 STAGES = (
     # Copying and looking up at short length: the planted circuits learn to work with the rest.
-    Stage("recall", 800_000, ((256, 1.0),), (0.35, 0.25, 0.15, 0.10, 0.15), (1.0, 1.0)),
-    Stage("reach", 1_400_000, ((512, 0.7), (1024, 0.3)), (0.50, 0.30, 0.12, 0.05, 0.03), (1.0, 1.0)),
+    Stage("recall", 900_000, ((256, 1.0),), (0.35, 0.25, 0.15, 0.10, 0.15), (1.0, 1.0)),
+    Stage("reach", 2_200_000, ((512, 0.55), (1024, 0.45)), (0.48, 0.34, 0.11, 0.04, 0.03), (1.0, 1.0)),
     # Decay, mostly prose, up to the full context so that no position is unknown to the model.
     Stage(
         "settle",
-        2_700_000,
-        ((512, 0.40), (1024, 0.48), (2048, 0.12)),
-        (0.60, 0.27, 0.07, 0.04, 0.02),
+        4_000_000,
+        ((512, 0.33), (1024, 0.55), (2048, 0.12)),
+        (0.57, 0.31, 0.07, 0.03, 0.02),
         (1.0, 0.0),
     ),
 )

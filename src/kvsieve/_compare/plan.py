@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import zoo
+from .._identity import check_name, digest, find_device, identity_of, load_model, surrogate_fingerprint
 from ..errors import BudgetError, DataError, PolicyError
+from ..hf import text_config
 from ..policy import Policy, get_policy
 from ..scorer import SCORERS
 from ..text.data import Document, python_reference, read_jsonl
 from .cells import FORMAT
-from .identity import check_name, clip_length, digest, find_device, identity_of, load_model, surrogate_fingerprint
 from .settings import BASELINE, MATCH, Settings, kind_of, resolve_methods
 
 __all__ = ["Cell", "Method", "Plan", "Sample", "describe", "prepare"]
@@ -173,7 +174,7 @@ def prepare(settings: Settings, device: str | None = None) -> Plan:
     where = find_device(device or settings.device)
     model, tokenizer = load_model(settings.model_name, where, settings.dtype)
     notes: list[str] = []
-    max_length = clip_length(model, settings, notes)
+    max_length = _clip_length(model, settings, notes)
     samples = [_sample(tokenizer, document, max_length) for document in documents]
     methods = [_method(name, settings, scorer) for name in names]
     _check_protection(settings, methods, samples)
@@ -187,6 +188,18 @@ def prepare(settings: Settings, device: str | None = None) -> Plan:
 
 
 # ---- data
+
+
+def _clip_length(model: Any, settings: Settings, notes: list[str]) -> int:
+    """`max_length` within what the model was made for; a note says so where it had to be lowered."""
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    if longest is None or settings.max_length <= longest:
+        return settings.max_length
+    notes.append(
+        f"max_length {settings.max_length} was lowered to {longest}, the longest text that {settings.model_name} was "
+        "made for."
+    )
+    return int(longest)
 
 
 def _documents(settings: Settings) -> list[Document]:

@@ -16,11 +16,11 @@ from typing import Any
 
 from ..errors import DataError
 from ..zoo import path
-from .ruler_fill import Draft, Place, Writer, check_request, fill, spread
+from .ruler_fill import Draft, Place, Writer, check_request, evenly, fill, spread
 from .ruler_sample import Sample
 from .ruler_text import Texts
 
-__all__ = ["PHRASINGS", "VALUES", "generate", "grid", "kamradt"]
+__all__ = ["PHRASINGS", "VALUES", "generate", "grid", "kamradt", "listed"]
 
 PHRASINGS = {
     "code": ("The code of {key} is {value}.", "What is the code of {key}?"),
@@ -40,7 +40,7 @@ _TOKENS = 8
 
 
 @cache
-def _listed(name: str) -> tuple[str, ...]:
+def listed(name: str) -> tuple[str, ...]:
     """The names or words that mini-lm was trained on, `"names"` or `"words"`."""
     return tuple(json.loads((path("mini-lm") / "words.json").read_text(encoding="utf-8"))[name])
 
@@ -114,7 +114,7 @@ def grid(
     """
     if not lengths:
         raise DataError("a grid needs at least one length")
-    where = _depths(depths)
+    where = evenly(depths)
     prose = Texts(texts)
     samples = []
     for length in lengths:
@@ -123,16 +123,6 @@ def grid(
         places = [Place(depth, given=True) for depth in where for _ in range(per_cell)]
         samples += _fill(tokenizer, length, places, needles, seed, values, phrasing, ask, prose, reserve)
     return samples
-
-
-def _depths(depths: int | Sequence[float]) -> list[float]:
-    if not isinstance(depths, int):
-        if not depths:
-            raise DataError("at least one depth is needed, from 0 to 1")
-        return list(depths)
-    if depths < 2:
-        raise DataError(f"depths must be 2 or more to be spread from start to end, or a list of depths, not {depths}")
-    return [i / (depths - 1) for i in range(depths)]
 
 
 def _fill(
@@ -147,7 +137,7 @@ def _fill(
     texts: Texts,
     reserve: int,
 ) -> list[Sample]:
-    names, words = _listed("names"), _listed("words")
+    names, words = listed("names"), listed("words")
     if not 1 <= needles <= len(names):
         raise DataError(f"needles must be from 1 to {len(names)}, not {needles}")
     if values not in VALUES:
@@ -237,7 +227,7 @@ def kamradt(
     if tokens_to_generate < 1:
         raise DataError(f"tokens_to_generate must be 1 or more, not {tokens_to_generate}")
     prose = Texts(None if texts is None else sorted(texts))
-    where = _depths(depths)
+    where = evenly(depths)
 
     def draft(size: int, place: Place, key: str) -> Draft:
         hay = prose.take(0, size)

@@ -15,13 +15,13 @@ So numbers are comparable between methods and models measured here, not with pub
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .ruler_fill import Drafter, check_request, fill, spread
+from .ruler_fill import Drafter, Place, check_request, evenly, fill, spread
 from .ruler_lists import CommonWords, FrequentWords, VariableTracking
 from .ruler_niah import Niah
 from .ruler_qa import InventedDocuments, QuestionAnswering, QuestionSource
@@ -37,6 +37,7 @@ __all__ = [
     "digest",
     "generate",
     "get_task",
+    "grid",
     "list_tasks",
     "read_questions",
     "string_match_all",
@@ -129,15 +130,74 @@ def generate(
     """
     kind = get_task(task, **changes)
     check_request(length, count, depth, reserve)
-    if depth is not None and not kind.has_depth:
+    if depth is not None:
+        _check_depth(task, kind)
+    places = spread(count, depth, f"{task}/{seed}")
+    return _fill(task, kind, tokenizer, length, places, seed, texts, questions, reserve)
+
+
+def grid(
+    task: str,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: int | Sequence[float] = 11,
+    per_cell: int = 1,
+    *,
+    seed: int = 42,
+    texts: Iterable[str] | None = None,
+    questions: str | Path | QuestionSource | None = None,
+    reserve: int = 0,
+    **changes: Any,
+) -> list[Sample]:
+    """`per_cell` samples for every length and depth, lengths outermost; see `generate` for the rest.
+
+    Args:
+        task: a name of `list_tasks()`.
+        tokenizer: of the model that will read the samples.
+        lengths: tokens of prompt, answer prefix and generated answer together.
+        depths: the depths, from 0 to 1, or how many of them, evenly spread.
+        per_cell: samples for each pair.
+        seed, texts, questions, reserve, changes: see `generate`.
+
+    Raises:
+        DataError: as `generate`; or no lengths, no depths or fewer than two to spread.
+    """
+    if not lengths:
+        raise DataError("a grid needs at least one length")
+    kind, where = get_task(task, **changes), evenly(depths)
+    _check_depth(task, kind)
+    samples = []
+    for length in lengths:
+        for depth in where:
+            check_request(length, per_cell, depth, reserve)
+        places = [Place(depth, given=True) for depth in where for _ in range(per_cell)]
+        samples += _fill(task, kind, tokenizer, length, places, seed, texts, questions, reserve)
+    return samples
+
+
+def _check_depth(task: str, kind: Task) -> None:
+    if not kind.has_depth:
         raise DataError(f"{task} has its answers everywhere in the text and so no depth; leave depth out")
+
+
+def _fill(
+    task: str,
+    kind: Task,
+    tokenizer: Any,
+    length: int,
+    places: Sequence[Place],
+    seed: int,
+    texts: Iterable[str] | None,
+    questions: str | Path | QuestionSource | None,
+    reserve: int,
+) -> list[Sample]:
     draft, most = _drafter(task, kind, length, texts, questions)
     return fill(
         task,
         draft,
         tokenizer,
         length=length,
-        places=spread(count, depth, f"{task}/{seed}"),
+        places=places,
         seed=seed,
         reserve=reserve,
         fewest=kind.fewest,

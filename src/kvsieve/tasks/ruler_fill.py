@@ -47,6 +47,21 @@ def spread(count: int, depth: float | None, seed: str) -> list[Place]:
     return places
 
 
+def evenly(depths: int | Sequence[float]) -> list[float]:
+    """The depths, or so many of them evenly spread from start to end.
+
+    Raises:
+        DataError: no depths, or fewer than two to spread.
+    """
+    if not isinstance(depths, int):
+        if not depths:
+            raise DataError("at least one depth is needed, from 0 to 1")
+        return list(depths)
+    if depths < 2:
+        raise DataError(f"depths must be 2 or more to be spread from start to end, or a list of depths, not {depths}")
+    return [i / (depths - 1) for i in range(depths)]
+
+
 class Writer:
     """A text that grows, and remembers where its pieces are.
 

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from .. import zoo
-from ..errors import KvsieveError, PolicyError
-from ..hf import text_config
-from .settings import Settings
+from . import zoo
+from .errors import KvsieveError, PolicyError
 
-__all__ = ["check_name", "clip_length", "digest", "find_device", "identity_of", "load_model", "surrogate_fingerprint"]
+__all__ = ["check_name", "digest", "find_device", "identity_of", "load_model", "surrogate_fingerprint"]
 
 
 def digest(value: Any) -> str:
@@ -86,23 +84,12 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def clip_length(model: Any, settings: Settings, notes: list[str]) -> int:
-    """`max_length` within what the model was made for; a note says so where it had to be lowered."""
-    longest = getattr(text_config(model), "max_position_embeddings", None)
-    if longest is None or settings.max_length <= longest:
-        return settings.max_length
-    notes.append(
-        f"max_length {settings.max_length} was lowered to {longest}, the longest text that {settings.model_name} was "
-        "made for."
-    )
-    return int(longest)
-
-
-def identity_of(model: Any, device: str) -> dict[str, str]:
-    """Weights, precision, device, code and library versions: numbers are the same while these are."""
+def identity_of(model: Any, device: str, parts: tuple[str, ...] = ()) -> dict[str, str]:
+    """Weights, precision, device, code and library versions: numbers are the same while these are. `parts`: folders of
+    kvsieve whose code counts beside the core's."""
     import transformers
 
-    from .. import __version__
+    from . import __version__
 
     name = f"{device.split(':')[0]} {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else device
     return {
@@ -110,7 +97,7 @@ def identity_of(model: Any, device: str) -> dict[str, str]:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": name,
         "kvsieve": __version__,
-        "code": _code_fingerprint(),
+        "code": _code_fingerprint(parts),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -134,16 +121,19 @@ def _weights(module: torch.nn.Module) -> list[Any]:
     return parts
 
 
-_NO_NUMBERS = ("_compare/", "cli", "compare.py", "dialogue/", "geometry/", "report/", "tasks/", "text/train")
+_NO_NUMBERS = (
+    "_compare/", "_rowlog", "cli", "compare.py", "dialogue/", "geometry/", "kernels/", "report/", "tasks/",
+    "text/train", "trace",
+)  # fmt: skip
 
 
-def _code_fingerprint() -> str:
+def _code_fingerprint(parts: tuple[str, ...]) -> str:
     """A hash of kvsieve's source: results are not carried over from other code."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parent
     content = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root).as_posix()
-        if not name.startswith(_NO_NUMBERS):
+        if name.startswith(parts) or not name.startswith(_NO_NUMBERS):
             content.update(name.encode() + b"\0" + file.read_bytes())
     return content.hexdigest()[:16]
 
@@ -154,6 +144,6 @@ def surrogate_fingerprint(source: str) -> str:
     Raises:
         DataError: there is none.
     """
-    from ..surrogates import KVzapSurrogate
+    from .surrogates import KVzapSurrogate
 
     return digest(_weights(KVzapSurrogate.load(source)))

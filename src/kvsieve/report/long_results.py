@@ -1,0 +1,164 @@
+"""What a run over long texts shows and leaves: progress, result files, pictures, the page."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import TaskID
+
+from .._rowlog import jsonable, write_text
+from ..errors import DataError
+from ..tasks.earlier import earlier_results
+from ..tasks.run import SUMMARY, TRACES, Run, Watcher, load_run, missing
+from ..tasks.summary import summarise
+from ..trace import Trace
+from .long_page import report_page
+from .picture_results import depth_by_length, quality_against_bytes, survival_by_layer
+from .pictures import layers_by_positions, lifetime, to_png, to_svg
+from .score_tables import HOW_TO_READ, score_table, scores_csv, scores_markdown
+from .terminal import make_bar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PAGE", "LongWatcher", "load_traces", "show_results", "write_results"]
+
+PAGE = "report.html"
+PICTURES = "pictures"
+_SHOWN = 6
+"""Traces on the page, at most; all of them stay in the folder."""
+
+
+class LongWatcher(Watcher):
+    """Draws progress; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = make_bar(console, 20)
+        self._task: TaskID | None = None
+        self._label = ""
+
+    def __enter__(self) -> LongWatcher:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, run: Run, total: int, finished: int) -> None:
+        """Show what will be done."""
+        tokens = sum(len(item.prompt) for item in run.items)
+        self.console.print(
+            f"{len(run.contenders)} methods on {len(run.items)} samples ({tokens:,} tokens), model {run.model_name}, "
+            f"{run.identity['dtype']} on {run.identity['device']}"
+        )
+        if finished:
+            self.console.print(f"{finished} of {total} were finished before and are not done again")
+        self._task = self._bar.add_task("starting", total=total, completed=finished)
+
+    def started(self, label: str) -> None:
+        """Name the method at work."""
+        if label != self._label and not self.console.is_terminal:
+            self.console.print(f"{label} ...", markup=False)
+        self._label = label
+        if self._task is not None:
+            self._bar.update(self._task, description=label)
+
+    def done(self, row: dict[str, Any]) -> None:
+        """Count a row; say at once when it failed."""
+        if self._task is not None:
+            self._bar.advance(self._task)
+        if row["status"] != "ok":
+            self.console.print(f"{row['method']} failed on {row['id']}: {row['error']}", style="red", markup=False)
+
+
+def write_results(folder: Path, earlier: Path | None = None) -> tuple[list[Path], dict[str, Any]]:
+    """Make all result files of a run's folder from its rows and traces; no model is loaded.
+
+    Args:
+        folder: what `perform` wrote.
+        earlier: also write the file of the earlier LongBench script here.
+
+    Returns:
+        The files, and the content of `summary.json`.
+
+    Raises:
+        DataError: there is no run here, or rows are missing.
+    """
+    plan, rows, seconds = load_run(folder)
+    owed = missing(plan, rows)
+    if owed:
+        raise DataError(f"{owed} samples of {folder} have no row yet: finish the run with --resume first")
+    summary: dict[str, Any] = jsonable(summarise(plan, rows, seconds))
+    contents = {
+        SUMMARY: json.dumps(summary, indent=1) + "\n",
+        "summary.csv": scores_csv(summary),
+        "summary.md": scores_markdown(summary),
+    }
+    files = [folder / name for name in contents]
+    for name, content in contents.items():
+        write_text(folder / name, content)
+    traces = load_traces(folder)
+    if find_spec("matplotlib") is not None:
+        files += _pictures(folder / PICTURES, summary, traces)
+    write_text(folder / PAGE, report_page(summary, _chosen(traces)))
+    files.append(folder / PAGE)
+    if earlier is not None:
+        text = json.dumps(jsonable(earlier_results(plan, rows, seconds, summary)), indent=1) + "\n"
+        write_text(earlier, text)
+        files.append(earlier)
+    return files, summary
+
+
+def load_traces(folder: Path) -> list[Trace]:
+    """The recorded traces of a run, by method and sample."""
+    return [Trace.load(file) for file in sorted((folder / TRACES).glob("*/*.npz"))]
+
+
+def show_results(console: Console, summary: dict[str, Any], files: list[Path]) -> None:
+    """Table, notes and where the files are."""
+    console.print(score_table(summary, console.width))
+    console.print(HOW_TO_READ, markup=False, highlight=False)
+    for note in summary["notes"]:
+        console.print(f"- {note}", markup=False, highlight=False)
+    for one in summary["failures"]:
+        console.print(f"failed: {one['method']} on {one['id']}: {one['error']}", style="red", markup=False)
+    page = next(file for file in files if file.name == PAGE)
+    console.print(f"Results: {', '.join(file.name for file in files if file.parent == page.parent)} in {page.parent}")
+
+
+def _pictures(folder: Path, summary: dict[str, Any], traces: list[Trace]) -> list[Path]:
+    """PNG and SVG of every picture that the results allow."""
+    drawn: dict[str, Figure] = {"quality_against_bytes": quality_against_bytes(summary)}
+    if any(one["survival"] for one in summary["results"]):
+        drawn["survival_by_layer"] = survival_by_layer(summary)
+    if any(one["by_depth"] for one in summary["results"]):
+        drawn["depth_by_length"] = depth_by_length(summary)
+    for trace in _chosen(traces):
+        name = f"{trace.about['method']}"
+        drawn.setdefault(f"lifetime_{name}", lifetime(trace))
+        bounds = {key: trace.about.get(key) for key in ("sink_tokens", "recent_tokens")}
+        drawn.setdefault(f"layers_{name}", layers_by_positions(trace, **bounds))
+    folder.mkdir(exist_ok=True)
+    files = []
+    for name, figure in drawn.items():
+        for suffix, content in (("png", to_png(figure)), ("svg", to_svg(figure))):
+            files.append(folder / f"{name}.{suffix}")
+            write_text(files[-1], content)
+    return files
+
+
+def _chosen(traces: list[Trace]) -> list[Trace]:
+    """One trace of each method first, then more while there is room."""
+    first: dict[str, Trace] = {}
+    for trace in traces:
+        first.setdefault(str(trace.about.get("method")), trace)
+    chosen = list(first.values())
+    return [*chosen, *(trace for trace in traces if not any(trace is one for one in chosen))][:_SHOWN]
