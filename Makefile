@@ -14,7 +14,7 @@ test: $(STAMP)
 
 # The oldest transformers that kvsieve supports, in an environment of its own.
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest -n 2 tests/core tests/hf tests/text tests/dialogue
+	$(VENV)-oldest/bin/python -m pytest -n 2 tests/core tests/hf tests/text tests/dialogue tests/tasks tests/test_trace.py
 
 $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-oldest

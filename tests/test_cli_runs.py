@@ -14,7 +14,7 @@ from kvsieve.report.diff import compare_runs, load_summary
 from kvsieve.tasks.longbench_scores import bootstrap_interval
 from kvsieve.trace import Trace
 
-RULER = ("ruler", "--lengths", "200", "--samples", "3", "--policy", "streaming_llm")
+RULER = ("ruler", "--no-pictures", "--lengths", "200", "--samples", "3", "--policy", "streaming_llm")
 
 
 def _run(*words):
@@ -79,7 +79,19 @@ def test_numbers_stay_the_same_and_resume_does_nothing(done, tmp_path):
 
 
 def test_a_grid_has_every_depth_at_every_length(tmp_path):
-    words = ("ruler", "--grid", "--depths", "3", "--lengths", "150,220", "--policy", "snapkv", "--budget", "0.5")
+    words = (
+        "ruler",
+        "--no-pictures",
+        "--grid",
+        "--depths",
+        "3",
+        "--lengths",
+        "150,220",
+        "--policy",
+        "snapkv",
+        "--budget",
+        "0.5",
+    )
     for tasks in ("needle", "niah_single_1"):
         lengths = words if tasks == "needle" else ("350,420" if word == "150,220" else word for word in words)
         result = _run(*lengths, "--tasks", tasks, "--output", tmp_path / tasks)
@@ -142,7 +154,16 @@ def test_a_budget_for_more_than_there_is_is_noted(tmp_path):
 def test_longbench_from_a_folder(tmp_path):
     _samples(tmp_path / "data")
     result = _run(
-        "longbench", "--data", tmp_path / "data", "--policy", "snapkv", "--budget", "0.5", "--output", tmp_path / "out"
+        "longbench",
+        "--no-pictures",
+        "--data",
+        tmp_path / "data",
+        "--policy",
+        "snapkv",
+        "--budget",
+        "0.5",
+        "--output",
+        tmp_path / "out",
     )
     assert result.exit_code == 0, result.output
     summary = _summary(tmp_path / "out")
@@ -157,7 +178,7 @@ def test_longbench_from_a_folder(tmp_path):
 def test_the_earlier_scripts_flags_and_file(tmp_path):
     _samples(tmp_path / "data")
     common = (
-        "longbench", "--data", tmp_path / "data", "--dataset", "qasper", "--num_examples", "3", "--sink_tokens", "8",
+        "longbench", "--no-pictures", "--data", tmp_path / "data", "--dataset", "qasper", "--num_examples", "3", "--sink_tokens", "8",
         "--recent_tokens", "24",
     )  # fmt: skip
     result = _run(*common, "--strategy", "sink_recent", "--output", tmp_path / "a.json")
@@ -191,7 +212,8 @@ def test_failed_samples_are_rows_and_end_in_an_error(tmp_path, monkeypatch):
         return score(self, text, sample, profile, **more)
 
     monkeypatch.setattr(LongBenchTask, "score", broken)
-    result = _run("longbench", "--data", tmp_path / "data", "--policy", "streaming_llm", "--output", tmp_path / "out")
+    words = ("longbench", "--no-pictures", "--data", tmp_path / "data", "--policy", "streaming_llm")
+    result = _run(*words, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "streaming_llm failed on qasper/s2: ValueError: no verdict" in result.output
     rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
@@ -243,7 +265,8 @@ def test_visualize_draws_what_was_held(tmp_path):
     result = _run("visualize", "--length", "400", "--budget", "144", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "sink_recent_uniform" in result.output
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 8
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 8
     traces = [Trace.load(file) for file in (tmp_path / "out" / "traces").glob("*/*.npz")]
     assert len(traces) == 4
     for trace in traces:
@@ -270,7 +293,7 @@ def test_report_makes_everything_again(done, tmp_path):
     page = (folder / "report.html").read_bytes()
     for name in ("report.html", "summary.json"):
         (folder / name).unlink()
-    result = _run("report", folder)
+    result = _run("report", folder, "--no-pictures")
     assert result.exit_code == 0, result.output
     assert (folder / "report.html").read_bytes() == page
     assert _run("report", tmp_path / "none").exit_code == 2
@@ -278,7 +301,7 @@ def test_report_makes_everything_again(done, tmp_path):
     assert "run.json" in _run("report", tmp_path / "empty").output
     rows = (folder / "samples.jsonl").read_bytes()
     (folder / "samples.jsonl").write_bytes(rows[: rows.rindex(b"\n", 0, -1) + 1])
-    result = _run("report", folder)
+    result = _run("report", folder, "--no-pictures")
     (folder / "samples.jsonl").write_bytes(rows)
     assert result.exit_code == 2
     assert "1 samples of" in result.output
@@ -286,13 +309,14 @@ def test_report_makes_everything_again(done, tmp_path):
 
 def test_a_report_of_a_run_with_failures_says_so(done):
     folder, _ = done
-    assert "failed" not in _run("report", folder).output
+    assert "failed" not in _run("report", folder, "--no-pictures").output
 
 
 def _made(scores, label="m", **more):
     one = {
         "method": label, "task": "t", "length": None, "score": 100 * sum(scores) / len(scores), "samples": len(scores),
-        "interval": None, "kept_share": 0.5, "bytes_held": 2**20, "sample_scores": {str(i): s for i, s in enumerate(scores)},
+        "interval": None, "kept_share": 0.5, "bytes_held": 2**20,
+        "sample_scores": {str(i): s for i, s in enumerate(scores)},
     }  # fmt: skip
     return {
         "overall": [one | {"seconds": 1.0}],

@@ -19,6 +19,7 @@ from .cli_runs import (
     Dtype,
     Model,
     Options,
+    Pictures,
     Policies,
     Positions,
     Resume,
@@ -74,6 +75,7 @@ def longbench(
     positions: Positions = "original",
     chat: Chat = "auto",
     traces: Traces = 1,
+    pictures: Pictures = True,
     seed: Seed = 42,
     device: Device = None,
     dtype: Dtype = None,
@@ -144,7 +146,7 @@ def longbench(
         )
     file = Path(output)
     named = file.suffix == ".json"
-    perform_run(run, file.with_suffix("") if named else file, resume, earlier=file if named else None)
+    perform_run(run, file.with_suffix("") if named else file, resume, file if named else None, pictures)
 
 
 def _strategy(

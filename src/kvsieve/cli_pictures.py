@@ -16,6 +16,7 @@ from .cli_runs import (
     Model,
     Options,
     Output,
+    Pictures,
     Positions,
     Seed,
     load,
@@ -123,6 +124,7 @@ def diff(
 
 def report(
     folder: Annotated[str, typer.Argument(help="Folder of a run of longbench, ruler or visualize.")],
+    pictures: Pictures = True,
     debug: Debug = False,
 ) -> None:
     """Make tables, pictures and page of a run again from its rows; no model is loaded."""
@@ -131,7 +133,7 @@ def report(
 
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder")
-    files, summary = write_results(Path(folder))
+    files, summary = write_results(Path(folder), pictures=pictures)
     show_results(make_console(), summary, files)
 
 

@@ -20,6 +20,7 @@ from .cli_runs import (
     Model,
     Options,
     Output,
+    Pictures,
     Policies,
     Positions,
     Resume,
@@ -67,6 +68,7 @@ def ruler(
     positions: Positions = "original",
     chat: Chat = "auto",
     traces: Traces = 1,
+    pictures: Pictures = True,
     seed: Seed = 42,
     device: Device = None,
     dtype: Dtype = None,
@@ -121,4 +123,4 @@ def ruler(
     )
     if demo:
         run.notes.append("A text holds sixteen facts about different people; one of them is asked for at the end.")
-    perform_run(run, Path(output), resume)
+    perform_run(run, Path(output), resume, pictures=pictures)

@@ -41,6 +41,7 @@ Agnostic = Annotated[
 ChunkSize = Annotated[int, typer.Option(help="Tokens per forward pass while a prompt is read.")]
 Positions = Annotated[str, typer.Option(help="original, or slot to stream past the trained length.")]
 Traces = Annotated[int, typer.Option(help="Samples of each task and length whose kept positions are recorded.")]
+Pictures = Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw what the extra `plot` is for.")]
 Chat = Annotated[str, typer.Option(help="Use the tokenizer's chat template: auto, yes or no.")]
 Output = Annotated[str, typer.Option(help="Folder for results.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
@@ -59,7 +60,7 @@ def make_contenders(policies: str, budgets: str, options: Sequence[str] | None, 
     return contenders(names, amounts, parse_options(options or []), model)
 
 
-def perform_run(run: Run, folder: Path, resume: bool, earlier: Path | None = None) -> None:
+def perform_run(run: Run, folder: Path, resume: bool, earlier: Path | None = None, pictures: bool = True) -> None:
     """Do the work, write and show the results; exit code 1 if a sample failed. `earlier`: where the file of the earlier
     LongBench script goes, if it is wanted."""
     from .report.long_results import LongWatcher, show_results, write_results
@@ -75,7 +76,7 @@ def perform_run(run: Run, folder: Path, resume: bool, earlier: Path | None = Non
         raise typer.Exit(130) from None
     if moved is not None:
         console.print(f"earlier results moved to {moved}", markup=False)
-    files, summary = write_results(folder, earlier)
+    files, summary = write_results(folder, earlier, pictures=pictures)
     show_results(console, summary, files)
     if summary["failures"]:
         raise typer.Exit(1)
@@ -99,7 +100,7 @@ def make_run(
         value = ctx.params[key]
         if isinstance(value, (list, tuple)):
             flags += [f"--{key.replace('_', '-')}={one}" for one in value]
-        elif key not in ("output", "resume", "debug"):
+        elif key not in ("output", "resume", "pictures", "debug"):
             flags.append(text)
     command = shlex.join(["kvsieve", str(ctx.info_name), *flags])
     return Run(kind, model, tokenizer, name, methods, items, command=command, **settings)

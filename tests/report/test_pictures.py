@@ -196,3 +196,11 @@ def test_survival_by_layer(summary):
     odd["survival"]["by_layer"] = [1.0]
     with pytest.raises(DataError, match="different numbers of layers"):
         survival_by_layer(summary | {"results": [*summary["results"], odd]})
+
+
+def test_points_at_one_memory_stand_side_by_side():
+    from kvsieve.report.picture_results import _GAP, _side_by_side
+
+    assert _side_by_side([25.0, 100.0, 25.1, 24.9]) == pytest.approx([25.0, 100.0, 25.1 + _GAP, 24.9 - _GAP])
+    assert _side_by_side([10.0, 50.0]) == [10.0, 50.0]
+    assert _side_by_side([]) == []

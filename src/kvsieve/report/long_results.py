@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,6 @@ from ..tasks.run import SUMMARY, TRACES, Run, Watcher, load_run, missing
 from ..tasks.summary import summarise
 from ..trace import Trace
 from .long_page import report_page
-from .picture_results import depth_by_length, quality_against_bytes, survival_by_layer
-from .pictures import layers_by_positions, lifetime, to_png, to_svg
 from .score_tables import HOW_TO_READ, score_table, scores_csv, scores_markdown
 from .terminal import make_bar
 
@@ -30,8 +28,8 @@ __all__ = ["PAGE", "LongWatcher", "load_traces", "show_results", "write_results"
 
 PAGE = "report.html"
 PICTURES = "pictures"
-_SHOWN = 6
-"""Traces on the page, at most; all of them stay in the folder."""
+_SHOWN = 4
+"""Traces on the page, unless there are more methods, which have one each; all of them stay in the folder."""
 
 
 class LongWatcher(Watcher):
@@ -79,12 +77,15 @@ class LongWatcher(Watcher):
             self.console.print(f"{row['method']} failed on {row['id']}: {row['error']}", style="red", markup=False)
 
 
-def write_results(folder: Path, earlier: Path | None = None) -> tuple[list[Path], dict[str, Any]]:
+def write_results(
+    folder: Path, earlier: Path | None = None, *, pictures: bool = True
+) -> tuple[list[Path], dict[str, Any]]:
     """Make all result files of a run's folder from its rows and traces; no model is loaded.
 
     Args:
         folder: what `perform` wrote.
         earlier: also write the file of the earlier LongBench script here.
+        pictures: draw; without matplotlib nothing is drawn, and the page says so.
 
     Returns:
         The files, and the content of `summary.json`.
@@ -105,10 +106,15 @@ def write_results(folder: Path, earlier: Path | None = None) -> tuple[list[Path]
     files = [folder / name for name in contents]
     for name, content in contents.items():
         write_text(folder / name, content)
-    traces = load_traces(folder)
-    if find_spec("matplotlib") is not None:
-        files += _pictures(folder / PICTURES, summary, traces)
-    write_text(folder / PAGE, report_page(summary, _chosen(traces)))
+
+    def keep(name: str, figure: Figure) -> None:
+        from .pictures import save
+
+        safe = re.sub(r"[^\w.@-]+", "_", name)
+        files.extend(save(figure, folder / PICTURES / f"{safe}.{kind}") for kind in ("png", "svg"))
+
+    page = report_page(summary, _chosen(load_traces(folder)), pictures=pictures, keep=keep)
+    write_text(folder / PAGE, page)
     files.append(folder / PAGE)
     if earlier is not None:
         text = json.dumps(jsonable(earlier_results(plan, rows, seconds, summary)), indent=1) + "\n"
@@ -134,31 +140,11 @@ def show_results(console: Console, summary: dict[str, Any], files: list[Path]) -
     console.print(f"Results: {', '.join(file.name for file in files if file.parent == page.parent)} in {page.parent}")
 
 
-def _pictures(folder: Path, summary: dict[str, Any], traces: list[Trace]) -> list[Path]:
-    """PNG and SVG of every picture that the results allow."""
-    drawn: dict[str, Figure] = {"quality_against_bytes": quality_against_bytes(summary)}
-    if any(one["survival"] for one in summary["results"]):
-        drawn["survival_by_layer"] = survival_by_layer(summary)
-    if any(one["by_depth"] for one in summary["results"]):
-        drawn["depth_by_length"] = depth_by_length(summary)
-    for trace in _chosen(traces):
-        name = f"{trace.about['method']}"
-        drawn.setdefault(f"lifetime_{name}", lifetime(trace))
-        bounds = {key: trace.about.get(key) for key in ("sink_tokens", "recent_tokens")}
-        drawn.setdefault(f"layers_{name}", layers_by_positions(trace, **bounds))
-    folder.mkdir(exist_ok=True)
-    files = []
-    for name, figure in drawn.items():
-        for suffix, content in (("png", to_png(figure)), ("svg", to_svg(figure))):
-            files.append(folder / f"{name}.{suffix}")
-            write_text(files[-1], content)
-    return files
-
-
 def _chosen(traces: list[Trace]) -> list[Trace]:
     """One trace of each method first, then more while there is room."""
     first: dict[str, Trace] = {}
     for trace in traces:
         first.setdefault(str(trace.about.get("method")), trace)
     chosen = list(first.values())
-    return [*chosen, *(trace for trace in traces if not any(trace is one for one in chosen))][:_SHOWN]
+    others = [trace for trace in traces if not any(trace is one for one in chosen)]
+    return chosen + others[: max(0, _SHOWN - len(chosen))]

@@ -6,7 +6,7 @@ import io
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["has_matplotlib", "quality_against_memory"]
+__all__ = ["has_matplotlib", "label_points", "quality_against_memory"]
 
 _COLOURS = {"none": "#000000", "ratio": "#0072B2", "threshold": "#D55E00"}
 _MARKERS = {"none": "*", "ratio": "o", "threshold": "D"}
@@ -51,7 +51,7 @@ def quality_against_memory(summary: dict[str, Any]) -> bytes:
     axes.set_xlim(0, max(105.0, *(1.05 * x for x, *_ in points)) if points else 105.0)
     axes.margins(y=0.12)
     figure.draw_without_rendering()
-    _label(axes, points)
+    label_points(axes, points)
     axes.set_xlabel("cache held at the end of the text, % of the full cache (measured bytes)")
     axes.set_ylabel("perplexity (lower is better)")
     run = summary["run"]
@@ -64,7 +64,7 @@ def quality_against_memory(summary: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def _label(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
+def label_points(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
     """Names beside the points. Points at one memory lie above each other, so names are pushed apart and tied to their
     points by a thin line."""
     gap = 11.0  # points of text height
