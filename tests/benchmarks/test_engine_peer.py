@@ -54,6 +54,7 @@ def test_questions_and_answers(folder: Path) -> None:
     assert peer.alone("echo", number=2)["number"] == 2
     with pytest.raises(PeerError, match="status 3"):
         peer.ask("die")
+    assert peer.ask("echo", number=3)["number"] == 3  # by another process
     peer.close()
 
 
