@@ -178,8 +178,8 @@ def test_longbench_from_a_folder(tmp_path):
 def test_the_earlier_scripts_flags_and_file(tmp_path):
     _samples(tmp_path / "data")
     common = (
-        "longbench", "--no-pictures", "--data", tmp_path / "data", "--dataset", "qasper", "--num_examples", "3", "--sink_tokens", "8",
-        "--recent_tokens", "24",
+        "longbench", "--no-pictures", "--data", tmp_path / "data", "--dataset", "qasper", "--num_examples", "3",
+        "--sink_tokens", "8", "--recent_tokens", "24",
     )  # fmt: skip
     result = _run(*common, "--strategy", "sink_recent", "--output", tmp_path / "a.json")
     assert result.exit_code == 0, result.output
@@ -265,8 +265,8 @@ def test_visualize_draws_what_was_held(tmp_path):
     result = _run("visualize", "--length", "400", "--budget", "144", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "sink_recent_uniform" in result.output
-    assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 8
-    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 8
+    assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 11
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 11
     traces = [Trace.load(file) for file in (tmp_path / "out" / "traces").glob("*/*.npz")]
     assert len(traces) == 4
     for trace in traces:

@@ -95,7 +95,7 @@ def longbench(
     check_profile(profile)
     if demo_mode and (data or dataset):
         raise PolicyError("--demo_mode has its own samples; leave --data and --dataset out")
-    methods = _strategy(strategy, policy, budget, sink_tokens, recent_tokens, middle_budget, resample)
+    methods = _strategy(strategy, policy or budget or option, sink_tokens, recent_tokens, middle_budget, resample)
     if methods is None:
         names = policy or (DEMO_POLICIES if demo_mode else POLICIES)
         methods = make_contenders(names, budget or "0.25", option, model)
@@ -151,8 +151,7 @@ def longbench(
 
 def _strategy(
     strategy: str | None,
-    policy: str | None,
-    budget: str | None,
+    other: object,
     sink: int,
     recent: int,
     middle: int,
@@ -163,8 +162,8 @@ def _strategy(
 
     if strategy is None:
         return None
-    if policy is not None or budget is not None:
-        raise PolicyError("give --strategy with its token numbers, or --policy with --budget, not both")
+    if other:
+        raise PolicyError("give --strategy with its token numbers, or --policy with --budget and --option, not both")
     if strategy not in _STRATEGIES:
         raise PolicyError(f"--strategy must be one of {', '.join(_STRATEGIES)}, not {strategy!r}")
     for flag, value in (("sink_tokens", sink), ("recent_tokens", recent), ("middle_budget", middle)):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..trace import Trace
-from .long_tables import failures, main_table, run_about, task_table
+from .long_page_tables import failures, main_table, run_about, task_table
 from .picture_data import answers_held, title
 from .plots import has_matplotlib
 from .shading import shaded_text

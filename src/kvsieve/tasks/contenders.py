@@ -78,7 +78,7 @@ def contenders(
         PolicyError: an unknown method or option, or a value outside its range.
         BudgetError: a budget outside its range.
     """
-    options = {name: dict(values) for name, values in (options or {}).items()}
+    left: dict[str, dict[str, Any]] = {name: dict(values) for name, values in (options or {}).items()}
     known = list_methods()
     wanted: list[str] = []
     for name in names:
@@ -90,7 +90,7 @@ def contenders(
             continue
         if name not in known:
             get_policy(name)  # raises, with the nearest known name
-        given = options.pop(name, {})
+        given = left.pop(name, {})
         if "scorer" in {f.name for f in fields(SCORERS[name])}:
             given.setdefault("scorer", _surrogate(model_name))
         if "threshold" in given:
@@ -99,8 +99,8 @@ def contenders(
         for budget in budgets or [None]:
             label = name if len(budgets) < 2 else f"{name}@{budget}"
             found.append(Contender(label, name, budget, given))
-    if options:
-        raise PolicyError(f"options were given for {', '.join(options)}, which this run does not have")
+    if left:
+        raise PolicyError(f"options were given for {', '.join(left)}, which this run does not have")
     for one in found:
         one.policy(0, "")
     return found
