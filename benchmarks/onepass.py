@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvsieve
-from kvsieve.text.perplexity import TextScore, one_pass_reason, perplexity
+from kvsieve.text.likelihood import TextScore, one_pass_reason, perplexity
 
 
 def policies(n: int) -> dict[str, kvsieve.Policy]:

@@ -144,7 +144,7 @@ def test_a_failed_cell_makes_the_exit_code_1(data, tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("an accident")
 
-    monkeypatch.setattr("kvsieve.text.perplexity.perplexity", broken)
+    monkeypatch.setattr("kvsieve.text.likelihood.perplexity", broken)
     done = invoke("compare", "--data", data, "--methods", "random", "--output-dir", tmp_path / "out")
     assert done.exit_code == 1
     assert "an accident" in done.output

@@ -19,7 +19,7 @@ from kvsieve._rowlog import jsonable, read_json
 from kvsieve.compare import compare_compression_methods, merge_results
 from kvsieve.errors import BudgetError, DataError, KvsieveError, PolicyError
 from kvsieve.scorer import SCORERS, StaticScorer
-from kvsieve.text.perplexity import encode, perplexity
+from kvsieve.text.likelihood import encode, perplexity
 
 OUTPUTS = ["detailed_results.json", "comparison_summary.json", "comparison.csv", "comparison.md", "comparison.png"]
 TEXTS = [
@@ -293,7 +293,7 @@ def test_foreign_model_without_surrogate_needs_other_methods(compare, tmp_path):
 
 
 def test_a_failed_cell_is_recorded_and_its_method_has_no_mean(compare, tmp_path, monkeypatch):
-    module = sys.modules["kvsieve.text.perplexity"]
+    module = sys.modules["kvsieve.text.likelihood"]
     true = module.perplexity
     calls = []
 
@@ -318,7 +318,7 @@ def test_a_failed_cell_is_recorded_and_its_method_has_no_mean(compare, tmp_path,
 
 
 def test_a_failed_baseline_leaves_no_differences(compare, monkeypatch):
-    module = import_module("kvsieve.text.perplexity")
+    module = import_module("kvsieve.text.likelihood")
     true = module.perplexity
 
     def broken(model, tokens, policy, **options):
@@ -336,7 +336,7 @@ def test_a_failed_baseline_leaves_no_differences(compare, monkeypatch):
 def test_not_a_number_is_a_failure(compare, monkeypatch):
     from dataclasses import replace
 
-    module = import_module("kvsieve.text.perplexity")
+    module = import_module("kvsieve.text.likelihood")
     true = module.perplexity
     monkeypatch.setattr(module, "perplexity", lambda *a, **k: replace(s := true(*a, **k), nll=s.nll * math.nan))
     assert "is not a number" in compare()["results"][0]["errors"][0]

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from kvsieve import Policy, get_policy
-from kvsieve.text.perplexity import perplexity
+from kvsieve.text.likelihood import perplexity
 
 from .bench import Bench
 from .fill import surrogate, threshold_of

@@ -15,10 +15,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["BLOCK_BYTES", "attend", "attend_and_count", "attend_naive", "attention_mass", "attention_mass_naive"]
+__all__ = [
+    "BLOCK_BYTES",
+    "FEW_ROWS",
+    "attend",
+    "attend_and_count",
+    "attend_few",
+    "attend_naive",
+    "attention_mass",
+    "attention_mass_naive",
+]
 
 BLOCK_BYTES = 16 << 20
 """Upper bound on the logits of one block; 16 MiB keeps a block near the caches of a CPU core."""
+
+FEW_ROWS = 256
+"""Query rows of a group up to which stacking its heads beats the stock attention, which repeats keys or reads them once
+for every head (measured on a processor; see `benchmarks/`)."""
+
+TILE = 4096
+"""Keys of a head that are widened at a time."""
 
 MANY_LOGITS = 1 << 18
 """Logits of a head from which a processor works faster head by head."""
@@ -97,13 +113,31 @@ def attend(
     if group == 1 and visible is None and causal_offset is None and softcap is None and sinks is None:
         return scaled_dot_product_attention(q, k, v, scale=scale)
     if q.shape[2] == 1 and visible is None and causal_offset is None and softcap is None and sinks is None:
-        rows = q.unflatten(1, (hkv, group)).squeeze(3)  # the heads of a group as rows of one small attention
-        return scaled_dot_product_attention(rows, k, v, scale=scale).flatten(1, 2)[:, :, None]
+        return attend_few(q, k, v, scale=scale)
     out = q.new_zeros(b, hkv, group, q.shape[2], v.shape[-1])
     for s, e, width, p in _blocks(q, k, scale, visible, causal_offset, softcap, sinks, None):
         rows = p.flatten(2, 3).to(v.dtype) @ v[:, :, :width]
         out[:, :, :, s:e] = rows.unflatten(2, (group, e - s))
     return out.flatten(1, 2)
+
+
+def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+    """Attention of a few queries, `[B, H, T, Dv]`: the query heads of a group become rows of one attention, so that
+    keys are read once and never repeated.
+
+    Args:
+        q: `[B, H, T, D]`, with `H // Hkv * T` up to about `FEW_ROWS`.
+        k: `[B, Hkv, N, D]`.
+        v: `[B, Hkv, N, Dv]`.
+        mask: `[B|1, Hkv|1, T, N]` bool, what each query may see; everything by default.
+        scale: factor on the logits, `D ** -0.5` by default.
+    """
+    hkv, t = k.shape[1], q.shape[2]
+    group = q.shape[1] // hkv
+    rows = q.unflatten(1, (hkv, group)).flatten(2, 3)
+    seen = None if mask is None else mask.repeat(1, 1, group, 1)
+    out = scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+    return out.unflatten(2, (group, t)).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -126,6 +160,8 @@ def attend_and_count(
     group = q.shape[1] // hkv
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     out = q.new_empty(b, hkv, group, q.shape[2], v.shape[-1])
+    if softcap is None and sinks is None and q.shape[2] == 1:
+        return _count_one(q, k, v, reduce, scale)
     if q.device.type == "cpu" and softcap is None and sinks is None and q.shape[2] * n >= MANY_LOGITS:
         _count_head_by_head(q, k, v, out, mass, reduce, scale)
         return out.flatten(1, 2), mass
@@ -133,6 +169,26 @@ def attend_and_count(
         out[:, :, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (group, e - s))
         _count(mass, p, reduce)
     return out.flatten(1, 2), mass
+
+
+def _count_one(
+    q: Tensor, k: Tensor, v: Tensor, reduce: str, scale: float | None, tile: int = TILE
+) -> tuple[Tensor, Tensor]:
+    """`attend_and_count` for one query `[B, H, 1, D]`. A processor multiplies a few rows in half precision ten times
+    slower than in single precision, so keys and values are widened there, a tile at a time."""
+    hkv, n = k.shape[1], k.shape[2]
+    group, wide = q.shape[1] // hkv, torch.promote_types(q.dtype, torch.float32)
+    narrow = q.device.type != "cpu" or q.dtype == wide
+    inner, step = (q.dtype, n) if narrow else (wide, tile)
+    rows = (q.unflatten(1, (hkv, group)).squeeze(3) * (q.shape[-1] ** -0.5 if scale is None else scale)).to(inner)
+    parts = [rows @ k[:, :, s : s + step].to(inner).transpose(-1, -2) for s in range(0, n, step)]
+    p = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).softmax(-1, dtype=wide)
+    share = p.to(v.dtype) if narrow else p
+    terms = [share[..., s : s + step] @ v[:, :, s : s + step].to(share.dtype) for s in range(0, n, step)]
+    out = terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+    mass = p.new_zeros(*k.shape[:3])
+    _count(mass, p[:, :, :, None], reduce)
+    return out.to(v.dtype).flatten(1, 2)[:, :, None], mass
 
 
 def _count_head_by_head(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from . import hf
+from .attention import FEW_ROWS, attend_few
 from .budgets import Budget, parse_budget
 from .errors import PolicyError, UnsupportedModelError, UnsupportedOperationError
 from .hf_rotary import rotary_of
@@ -103,9 +104,18 @@ class SieveLayer(CacheLayerMixin):
                 f"{visibility.start + visibility.count}: an earlier forward pass was interrupted; reset() the cache"
             )
         core.mark_padding(visibility)
-        if isinstance(core.store, DenseStore) and softcap is None and s_aux is None:
-            keys, values, seen = core.attended_keys(), core.store.read(VALUE), self._stock_mask(visibility, query)
-            out = hf.stock_sdpa(module, query, keys, values, seen, scaling=scaling, **kwargs)
+        # one query: where the scorer needs its attention anyway, the output is made from the same probabilities
+        counted = visibility.count == 1 and core.policy.evicts and bool(core.policy.scorer.collects)
+        if isinstance(core.store, DenseStore) and softcap is None and s_aux is None and not counted:
+            keys, values, seen = core.attended_keys(), core.store.read(VALUE), self._mask(visibility)
+            group = query.shape[1] // keys.shape[1]
+            unmasked = seen is None and visibility.count > 1  # a triangle, which the stock attention sees to
+            if group > 1 and not unmasked and group * visibility.count <= FEW_ROWS and kwargs.get("s_aux") is None:
+                out = attend_few(query, keys, values, seen, scale=scaling).transpose(1, 2).contiguous()
+            else:
+                if seen is not None and seen.shape[1] > 1:
+                    seen = seen.repeat_interleave(group, dim=1)
+                out = hf.stock_sdpa(module, query, keys, values, seen, scaling=scaling, **kwargs)
         else:
             out = core.attend(query, visibility).transpose(1, 2).contiguous()
         self._awaiting = False
@@ -135,8 +145,8 @@ class SieveLayer(CacheLayerMixin):
             "a ready-made 4-D attention mask cannot follow tokens that move; pass the 2-D mask of real tokens"
         )
 
-    def _stock_mask(self, visibility: Visibility, query: Tensor) -> Tensor | None:
-        """The mask as the stock attention takes it: nothing where it can do without, else `[B, 1|H, T, N]` bool."""
+    def _mask(self, visibility: Visibility) -> Tensor | None:
+        """What each query sees: nothing where attention can do without a mask, else `[B|1, 1|Hkv, T, N]` bool."""
         offset, visible = self.core.visible(visibility)
         count, held = visibility.count, self.core.store.longest
         if visible is None and (count == 1 or offset == 0):
@@ -145,10 +155,7 @@ class SieveLayer(CacheLayerMixin):
             ones = torch.ones(count, held, dtype=torch.bool, device=self.device)
             return ones.tril(held - count)[None, None]
         mask = visible(0, count)
-        heads = self.core.store.heads
-        if heads == 1 or bool((mask[:, :1] == mask).all()):
-            return mask[:, :1]
-        return mask.repeat_interleave(query.shape[1] // heads, dim=1)
+        return mask[:, :1] if bool((mask[:, :1] == mask).all()) else mask
 
     # ---- what generation calls
 

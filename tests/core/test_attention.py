@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from kvsieve import attention
-from kvsieve.attention import attend, attend_and_count, attend_naive, attention_mass, attention_mass_naive
+from kvsieve.attention import (
+    _count_one,
+    attend,
+    attend_and_count,
+    attend_few,
+    attend_naive,
+    attention_mass,
+    attention_mass_naive,
+)
 
 
 @pytest.fixture(params=[attention.BLOCK_BYTES, 1], ids=["one block", "many blocks"])
@@ -93,6 +101,39 @@ def test_attention_without_groups_equals_naive(shape, scale):
     q, k, v = (torch.randn(b, h, length, d, dtype=torch.float64) for length in (t, n, n))
     got = attend(q, k, v, scale=scale)
     torch.testing.assert_close(got, attend_naive(q, k, v, scale=scale), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 2, 1, 40, 8), (2, 6, 2, 5, 33, 8), (1, 4, 4, 3, 9, 8), (2, 4, 1, 7, 7, 4)], ids=str
+)
+@pytest.mark.parametrize("masked", ["none", "shared", "per_head"])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_a_few_queries_equal_naive(shape, masked, scale):
+    b, h, hkv, t, n, d = shape
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(b, heads, length, d, dtype=torch.float64) for heads, length in ((h, t), (hkv, n), (hkv, n)))
+    mask = None
+    if masked != "none":
+        heads = 1 if masked == "shared" else hkv
+        mask = torch.rand(b, heads, t, n) < 0.6
+        mask[..., 0] = True
+    wide = None if mask is None else mask.expand(b, hkv, t, n).repeat_interleave(h // hkv, 1)
+    got = attend_few(q, k, v, mask, scale=scale)
+    torch.testing.assert_close(got, attend_naive(q, k, v, scale=scale, mask=wide), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduce", ["sum", "max", "square"])
+@pytest.mark.parametrize("tile", [5, 1000])
+def test_one_query_is_counted_as_it_attends(dtype, reduce, tile):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8).to(dtype) for heads, n in ((6, 1), (2, 37), (2, 37)))
+    out, mass = _count_one(q, k, v, reduce, None, tile)
+    loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(out, attend_naive(q, k, v), **loose)
+    torch.testing.assert_close(mass, attention_mass_naive(q, k, None, reduce), **loose)
+    assert (out.dtype, mass.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
+    torch.testing.assert_close(attend_and_count(q, k, v, reduce), _count_one(q, k, v, reduce, None))
 
 
 def test_mass_is_conserved_and_lse_reused():

@@ -1,4 +1,8 @@
-"""With a budget that is never reached, a `SieveCache` changes nothing, whatever the method and the way of calling."""
+"""With a budget that is never reached, a `SieveCache` changes nothing, whatever the method and the way of calling.
+
+To the bit while a prompt is read in one go, and where the stock attention runs. The last digits differ where a few
+queries meet grouped heads, which kvsieve stacks, and where a method counts the attention of a single query.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ from scenarios import HOW, METHODS, REPRESENTATIVE, generate, policy, same, siev
 import models
 from kvsieve import get_policy
 
+AT_ONCE = ("greedy", "beam", "sample", "return_sequences")
+"""Ways of calling that read the prompt in one forward pass."""
+
 
 def check(family: str, how: str, chosen, exact: bool) -> None:
     want = stock_output(family, how)
@@ -16,10 +23,13 @@ def check(family: str, how: str, chosen, exact: bool) -> None:
         pytest.skip(f"the stock model cannot do this: {want}")
     cache = sieve(family, chosen)
     got = generate(models.managed(family), family, how, cache)
+    config = models.managed(family).config.get_text_config(decoder=True)
+    grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
     assert torch.equal(got.sequences, want.sequences)
     assert len(got.logits) == len(want.logits)
     for step, (a, b) in enumerate(zip(got.logits, want.logits, strict=True)):
-        assert same(a, b, exact), (step, float((a - b).abs().max()))
+        other = (grouped or bool(chosen.scorer.collects)) and (step > 0 or how not in AT_ONCE)
+        assert same(a, b, exact and not other), (step, float((a - b).abs().max()))
     assert cache.report()["evictions"] == 0 or "padded" in how
     assert cache.report()["compression_ratio"] == 0.0
 

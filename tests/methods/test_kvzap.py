@@ -16,7 +16,7 @@ from kvsieve.errors import BudgetError, DataError, PolicyError, UnsupportedModel
 from kvsieve.policy import Policy
 from kvsieve.protect import Protect
 from kvsieve.surrogates import KVzapSurrogate, SurrogateShape, shared
-from kvsieve.text.perplexity import perplexity
+from kvsieve.text.likelihood import perplexity
 from kvsieve.view import LayerView
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "kvpress"

@@ -17,8 +17,8 @@ from kvsieve.budgets import Threshold
 from kvsieve.errors import BudgetError, PolicyError
 from kvsieve.layer import KVLayer
 from kvsieve.policy import Policy
+from kvsieve.text.likelihood import perplexity
 from kvsieve.text.onepass import one_pass_reason
-from kvsieve.text.perplexity import perplexity
 
 NAME = "sink_recent_uniform"
 LONG = 32_768

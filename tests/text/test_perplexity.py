@@ -22,7 +22,7 @@ from kvsieve.errors import (
 )
 from kvsieve.methods.knorm import KNorm
 from kvsieve.protect import Protect
-from kvsieve.text.perplexity import TextScore, encode, one_pass_reason, perplexity
+from kvsieve.text.likelihood import TextScore, encode, one_pass_reason, perplexity
 
 N = 48
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "kvpress"
@@ -346,3 +346,10 @@ def test_encode_refuses():
     ]:
         with pytest.raises(DataError, match=message):
             encode(tokenizer, words, **options)
+
+
+def test_the_public_name_is_the_function():
+    import kvsieve.text
+
+    assert kvsieve.text.perplexity is perplexity
+    assert kvsieve.text.encode is encode

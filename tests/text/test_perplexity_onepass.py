@@ -22,8 +22,8 @@ from kvsieve.select import top_mask_naive
 from kvsieve.shares import LayerVariance
 from kvsieve.text import _recurrence
 from kvsieve.text._deaths import threshold_deaths, top_deaths
+from kvsieve.text.likelihood import one_pass_reason, perplexity
 from kvsieve.text.onepass import masked_attention
-from kvsieve.text.perplexity import one_pass_reason, perplexity
 from kvsieve.triggers import EveryTokens
 from kvsieve.view import Visibility
 

@@ -209,7 +209,7 @@ def _documents(settings: Settings) -> list[Document]:
 
 
 def _sample(tokenizer: Any, document: Document, max_length: int) -> Sample:
-    from ..text.perplexity import encode
+    from ..text.likelihood import encode
 
     try:
         tokens = encode(tokenizer, document.text, max_length=max_length)
@@ -279,7 +279,7 @@ def _check_model(model: Any, method: Method) -> None:
 def _match(plan: Plan) -> None:
     """Bisect the threshold until it removes as much as the ratio asks, on the first texts. One number is fitted, to
     memory and not to quality, so measuring on the same texts is fair."""
-    from ..text.perplexity import perplexity
+    from ..text.likelihood import perplexity
 
     index = next(i for i, method in enumerate(plan.methods) if method.kind == "threshold")
     method = plan.methods[index]

@@ -71,7 +71,7 @@ def _here(plan: Plan, cells: Sequence[Cell], watcher: Watcher) -> Iterator[dict[
 
 def _execute(plan: Plan, cell: Cell) -> dict[str, Any]:
     """One cell's row. A failure is a row too: it must not cost the other cells."""
-    from ..text.perplexity import perplexity
+    from ..text.likelihood import perplexity
 
     method, sample = plan.methods[cell.method], plan.samples[cell.sample]
     row: dict[str, Any] = {"key": cell.key, "method": method.label, "sample": sample.id}

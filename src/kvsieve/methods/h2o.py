@@ -31,6 +31,10 @@ class H2O(Scorer):
     def default_protect(self) -> Protect:
         return Protect(recent=self.window_size)
 
+    @property
+    def collects(self) -> str:
+        return "sum"
+
     def observe(self, view: LayerView) -> None:
         view.add("mass", view.attention_mass())
 

@@ -22,6 +22,10 @@ class ObservedAttention(Scorer):
     source: ClassVar[str] = "H2O without a window, normalised by exposure (kvpress ObservedAttentionPress)"
     history: ClassVar[bool] = True
 
+    @property
+    def collects(self) -> str:
+        return "sum"
+
     def observe(self, view: LayerView) -> None:
         view.add("mass", view.attention_mass() / (view.queries.shape[1] // view.positions.shape[1]))
 

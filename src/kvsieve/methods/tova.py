@@ -22,11 +22,16 @@ class TOVA(Scorer):
     name: ClassVar[str] = "tova"
     source: ClassVar[str] = "arXiv 2401.06104, section 3"
 
+    @property
+    def collects(self) -> str:
+        return "sum"
+
     def default_protect(self) -> Protect:
         return Protect(recent=1)
 
     def score(self, view: LayerView) -> Tensor:
         if bool((view.positions != view.positions[:, :1]).any()):
             raise PolicyError("tova chooses the same tokens for all heads of a layer; use it with share='uniform'")
-        mass = view.attention_mass(view.queries[:, :, -1:]) / view.queries.shape[1]
+        last = None if view.new == 1 else view.queries[:, :, -1:]  # a single query was counted as it attended
+        mass = view.attention_mass(last) / view.queries.shape[1]
         return mass.sum(1, keepdim=True).expand_as(mass)

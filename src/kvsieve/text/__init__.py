@@ -6,12 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .likelihood import TextScore, encode, one_pass_reason, perplexity
     from .simple_evict import SimpleEvictConfig, build_simple_keep_token_idx, evict_dynamic_cache_inplace
 
-__all__ = ["SimpleEvictConfig", "build_simple_keep_token_idx", "evict_dynamic_cache_inplace"]
+__all__ = [
+    "SimpleEvictConfig",
+    "TextScore",
+    "build_simple_keep_token_idx",
+    "encode",
+    "evict_dynamic_cache_inplace",
+    "one_pass_reason",
+    "perplexity",
+]
 
 _LAZY = {
     "SimpleEvictConfig": "simple_evict",
+    "TextScore": "likelihood",
+    "encode": "likelihood",
+    "one_pass_reason": "likelihood",
+    "perplexity": "likelihood",
     "build_simple_keep_token_idx": "simple_evict",
     "evict_dynamic_cache_inplace": "simple_evict",
 }
