@@ -361,6 +361,21 @@ class SieveCache(Cache):
             for core in cores:
                 core.place(longest)
 
+    def take_back(self) -> None:
+        """Take back the last token although an eviction may have come after it, so that it can be fed again: what it
+        pushed out stays out, and methods that count attention have counted it.
+
+        A prompt is read and cut, and then its last token reads what is left. Without that, the first token to be
+        generated comes from attention over everything.
+
+        Raises:
+            UnsupportedOperationError: some layers are not managed, and cannot forget a token.
+        """
+        if len(self.managed) < len(self.layers):
+            raise UnsupportedOperationError("the layers of this model that are not managed cannot take back a token")
+        for layer in self.managed:
+            layer.core.crop(1, regardless=True)
+
     # ---- what it costs
 
     def report(self) -> dict[str, Any]:

@@ -419,8 +419,9 @@ class KVLayer:
         self.real_seen = self.real_seen[rows.cpu()]
         self.first = self.first[rows.to(self.first.device)]
 
-    def crop(self, count: int) -> None:
-        """Take back the last `count` tokens, as if they had never been fed.
+    def crop(self, count: int, regardless: bool = False) -> None:
+        """Take back the last `count` tokens, as if they had never been fed; `regardless` of what can no longer be taken
+        back with them: evictions that came after them, and attention that was counted.
 
         Raises:
             UnsupportedOperationError: an eviction, or statistics that cannot be subtracted, came after them.
@@ -432,12 +433,12 @@ class KVLayer:
         held_back = forward.visibility.count if forward is not None else 0
         if count > self.seen:
             raise UnsupportedOperationError(f"cannot take back {count} tokens: only {self.seen} were fed")
-        if count > held_back and self.evicted_at > self.seen - count:
+        if not regardless and count > held_back and self.evicted_at > self.seen - count:
             raise UnsupportedOperationError(
                 f"layer {self.layer_idx} has evicted tokens since the {count} last ones arrived; "
                 "what they pushed out is gone. Crop before evicting, or start a new cache"
             )
-        if count > held_back and self.policy.scorer.history:
+        if not regardless and count > held_back and self.policy.scorer.history:
             raise UnsupportedOperationError(
                 f"{self.policy.name} has already counted the attention of the last {count} tokens, "
                 "which cannot be taken back; start a new cache, or copy this one before the tokens are fed"

@@ -150,6 +150,7 @@ class Recorder:
                 gone[kept[h][kept[h] >= 0]] = False
                 row = grown[i, h]
                 row[gone & (row == NEVER)] = now
+                row[~gone] = NEVER  # the last token may have been taken back and fed again
         self._left = grown
         if self._seen[-1:] != [now]:
             self._seen.append(now)

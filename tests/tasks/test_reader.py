@@ -43,7 +43,7 @@ def test_the_full_cache_says_what_the_model_says(mini, items, chunk, aware):
         assert found.kept_share == 1.0
         assert found.survival.share == 1.0
         assert found.trace is None
-        assert found.report["tokens_seen"] == [len(item.prompt) - 1]
+        assert found.report["tokens_seen"] == [len(item.prompt)]
         assert cache.report()["bytes_full"] > found.report["bytes_full"]
 
 
@@ -51,8 +51,8 @@ def test_the_full_cache_says_what_the_model_says(mini, items, chunk, aware):
 def test_a_share_is_kept_of_what_was_read_before_the_eviction(mini, items, aware):
     for item in items:
         found, _ = _answer(mini, get_policy("streaming_llm", budget=0.25, when="request"), item, aware=aware)
-        read = len(item.prompt) - 1 if aware else len(item.context)
-        later = len(item.prompt) - 1 - read
+        read = len(item.prompt) if aware else len(item.context)
+        later = len(item.prompt) - read
         assert found.tokens_kept == max(1, int(read * 0.25)) + later
         assert found.report["bytes_held"] < 0.6 * found.report["bytes_full"]
 
@@ -77,7 +77,7 @@ def test_what_a_trace_says(mini, items):
     item = items[0]
     found, cache = _answer(mini, get_policy("knorm", budget=0.5, when="request"), item, record=True)
     about = found.trace.about
-    assert about["asked"] == len(item.prompt) - 1
+    assert about["asked"] == len(item.prompt)
     assert about["question"] == len(item.context)
     assert len(about["offsets"]) == found.trace.tokens
     assert "".join(about["text"][a:b] for a, b in about["offsets"][1:]) == about["text"]
@@ -89,7 +89,8 @@ def test_what_a_trace_says(mini, items):
     assert held[..., low:high].all(-1).mean() == pytest.approx(found.survival.share)
     for layer in range(4):
         kept = cache.kept_positions(layer)[0]
-        assert [np.flatnonzero(row).tolist() for row in found.trace.held()[layer]] == kept.tolist()
+        wanted = [row[row >= 0].tolist() for row in kept]
+        assert [np.flatnonzero(row).tolist() for row in found.trace.held()[layer]] == wanted
 
 
 def _naive_survival(held, answers, every):
@@ -163,3 +164,42 @@ def test_no_number_is_no_answer(mini, items, monkeypatch):
     monkeypatch.setattr(model, "forward", broken)
     with pytest.raises(ScoreError, match="not a number"):
         _answer(mini, get_policy("full"), items[0])
+
+
+@pytest.mark.parametrize("name", ["tova", "snapkv"])
+def test_a_method_that_may_know_the_question_decides_with_its_last_token(mini, items, name):
+    """The kept set is that of the whole prompt read at once, and the answer comes from it alone."""
+    model, _ = mini
+    more = {"window_size": 8} if name == "snapkv" else {}
+    policy = get_policy(name, budget=0.3, when="request", **more)
+    for item in items:
+        found, _ = _answer(mini, policy, item, chunk_size=1000, record=True)
+        plain = SieveCache(model, policy)
+        with torch.no_grad():
+            model(torch.tensor([item.prompt]), past_key_values=plain)
+        plain.evict()
+        held = found.trace.held(len(item.prompt))
+        for layer in range(4):
+            wanted = [sorted({*row.tolist(), len(item.prompt) - 1}) for row in plain.kept_positions(layer)[0]]
+            assert [np.flatnonzero(row).tolist() for row in held[layer]] == wanted
+        mask = torch.tensor(held)
+        assert mask.sum(-1).max() < 0.32 * len(item.prompt)
+
+
+def test_a_model_with_other_layers_reads_its_last_token_last(mini, items, monkeypatch):
+    monkeypatch.setattr(SieveCache, "take_back", lambda self: pytest.fail("nothing may be taken back here"))
+    monkeypatch.setattr(SieveCache, "managed", property(lambda self: self.layers[:-1]))
+    found, _ = _answer(mini, get_policy("streaming_llm", budget=0.25, when="request"), items[0])
+    assert found.tokens_kept == int(0.25 * (len(items[0].prompt) - 1)) + 1
+
+
+def test_a_token_that_was_taken_back_is_read_as_if_for_the_first_time(mini, items):
+    model, ids = mini[0], torch.tensor([items[0].prompt])
+    one, two = (SieveCache(model, get_policy("full")) for _ in range(2))
+    with torch.no_grad():
+        want = model(ids, past_key_values=one).logits[0, -1]
+        model(ids, past_key_values=two)
+        two.take_back()
+        got = model(ids[:, -1:], past_key_values=two).logits[0, -1]
+    assert two.report()["tokens_seen"] == [ids.shape[1]]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)

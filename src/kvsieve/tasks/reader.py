@@ -69,9 +69,11 @@ def answer(
 ) -> Answer:
     """Read an item and answer it greedily.
 
-    A policy made with `when="request"` evicts once: before the last token of the prompt when the method may know the
-    question (`aware`), else before the question is seen. Either way the last token is read on its own, so that the
-    first token of the answer already pays for what was evicted: with a prompt read in one go it would not.
+    A policy made with `when="request"` evicts once: after the prompt when the method may know the question (`aware`),
+    else before the question is seen. In the first case the last token of the prompt is then taken back and read again,
+    so that the first token of the answer already pays for what was evicted, as it would not with a prompt read in one
+    go. A model with layers that kvsieve does not manage cannot take back a token: there the eviction comes one token
+    earlier.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
@@ -112,15 +114,20 @@ def answer(
             if recorder is not None:
                 recorder.step()
 
-    first = prompt[:-1] if aware else item.context
+    again = aware and len(cache.managed) == len(cache.layers)
+    first = prompt if again else prompt[:-1] if aware else item.context
     for chunk in _chunks(first, chunk_size):
         feed(chunk)
     evict()
-    for chunk in _chunks(prompt[len(first) : -1], chunk_size):
+    if again:
+        cache.take_back()
+        first = prompt[:-1]
+    rest = prompt[len(first) :]
+    for chunk in _chunks(rest[:-1], chunk_size):
         feed(chunk)
-    report, asked = cache.report(), len(prompt) - 1
+    logits = feed(rest[-1:])
+    report, asked = cache.report(), len(prompt)
     held = _held(cache, asked)
-    logits = feed(prompt[-1:])
     generated = _generate(model, tokenizer, item, logits, feed)
     text = tokenizer.decode(generated, skip_special_tokens=True)
     found = survival(held, item.answers, item.every) if item.answers else None
