@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := 5.14.0
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest bench lint clean
 
 demo: $(STAMP)
 	$(BIN)/kvsieve compare --demo --output-dir ./comparison_results
@@ -22,6 +22,14 @@ $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --progress-bar on -c $(VENV)-oldest/constraints.txt -e ".[dev,plot]" "transformers==$(OLDEST)"
 	@touch $@
 
+# Every target of the engine, beside the peer in an environment of its own. Writes benchmarks/RESULTS.md.
+bench: $(STAMP) $(VENV)-peer/.installed
+	$(BIN)/python benchmarks/engine.py --peer $(VENV)-peer
+
+# Without it the benchmark still runs, and says what it could not compare.
+$(VENV)-peer/.installed: benchmarks/engine/make_peer_env.sh constraints.txt
+	-PYTHON=$(PYTHON) sh benchmarks/engine/make_peer_env.sh $(VENV)-peer
+
 lint: $(STAMP)
 	$(BIN)/ruff check src tests training benchmarks
 	$(BIN)/ruff format --check src tests training benchmarks
@@ -35,4 +43,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest comparison_results
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer comparison_results ruler_results longbench_results visualize_results
