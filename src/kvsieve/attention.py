@@ -39,6 +39,9 @@ TILE = 4096
 MANY_LOGITS = 1 << 18
 """Logits of a head from which a processor works faster head by head."""
 
+HEAD_LOGITS = 1 << 20
+"""Logits of a block where heads are worked on one by one: 4 MiB in single precision."""
+
 Visible = Callable[[int, int], Tensor]
 """`visible(start, end)` -> bool `[B|1, Hkv|1, end - start, N]`: which keys these query rows may see."""
 
@@ -75,6 +78,10 @@ def attention_mass(
     """
     b, hkv, n = k.shape[:3]
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    plain = visible is None and softcap is None and sinks is None and lse is None
+    if plain and q.device.type == "cpu" and q.shape[2] * n >= MANY_LOGITS:
+        _head_by_head(q, k, mass, reduce, scale, causal_offset=causal_offset, weights=weights)
+        return mass
     for s, e, width, p in _blocks(q, k, scale, visible, causal_offset, softcap, sinks, lse):
         if weights is not None:
             w = weights[:, :, s:e].expand(b, q.shape[1], e - s).reshape(b, hkv, -1, e - s, 1)
@@ -163,7 +170,7 @@ def attend_and_count(
     if softcap is None and sinks is None and q.shape[2] == 1:
         return _count_one(q, k, v, reduce, scale)
     if q.device.type == "cpu" and softcap is None and sinks is None and q.shape[2] * n >= MANY_LOGITS:
-        _count_head_by_head(q, k, v, out, mass, reduce, scale)
+        _head_by_head(q, k, mass, reduce, scale, v=v, out=out)
         return out.flatten(1, 2), mass
     for s, e, _, p in _blocks(q, k, scale, None, None, softcap, sinks, None):
         out[:, :, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (group, e - s))
@@ -191,27 +198,60 @@ def _count_one(
     return out.to(v.dtype).flatten(1, 2)[:, :, None], mass
 
 
-def _count_head_by_head(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mass: Tensor, reduce: str, scale: float | None
+def _head_by_head(
+    q: Tensor,
+    k: Tensor,
+    mass: Tensor,
+    reduce: str,
+    scale: float | None,
+    *,
+    causal_offset: int | None = None,
+    weights: Tensor | None = None,
+    v: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> None:
-    """Fill `out` `[B, Hkv, G, T, Dv]` and `mass` with one pair of buffers for all blocks: for a processor, fresh memory
-    for every block costs as much as the products."""
-    b, hkv, group, t = out.shape[:4]
-    n = k.shape[2]
-    rows = max(16, min(128, t, BLOCK_BYTES // (4 * n)))
-    logits, p = q.new_empty(rows, n), mass.new_empty(rows, n)
-    q = q.unflatten(1, (hkv, group)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    """Take the attention of all queries into `mass` `[B, Hkv, N]`, and where `v` is given its output into `out`
+    `[B, Hkv, G, T, Dv]`, with one pair of buffers for all blocks: for a processor, fresh memory for every block costs
+    as much as the products."""
+    b, hkv, n = mass.shape
+    t, group = q.shape[2], q.shape[1] // hkv
+    rows = max(16, min(128, t, HEAD_LOGITS // n))
+    logits, shares = mass.new_empty(rows * n), mass.new_empty(rows * n)
+    given = mass.new_ones(b, q.shape[1], t) if weights is None else weights.to(mass.dtype).expand(b, q.shape[1], t)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    first = 0 if causal_offset is None else max(0, -causal_offset)  # queries before this see no key
     for i in range(b):
         for j in range(hkv):
-            kt, received = k[i, j].T, mass[None, None, i, j]
+            kt = k[i, j].to(mass.dtype).T
+            values = None if v is None else v[i, j].to(mass.dtype)
             for g in range(group):
-                for s in range(0, t, rows):
+                head = q[i, j * group + g].to(mass.dtype) * factor
+                weight = given[i, j * group + g]
+                for s in range(first, t, rows):
                     e = min(s + rows, t)
-                    block, share = logits[: e - s], p[: e - s]
-                    torch.mm(q[i, j, g, s:e], kt, out=block)
-                    torch.softmax(block, -1, dtype=p.dtype, out=share)
-                    out[i, j, g, s:e] = share.to(v.dtype) @ v[i, j]
-                    _count(received, share[None, None, None], reduce)
+                    width = n if causal_offset is None else min(n, e + causal_offset)
+                    size = (e - s) * width
+                    block, share = logits[:size].view(e - s, width), shares[:size].view(e - s, width)
+                    torch.mm(head[s:e], kt[:, :width], out=block)
+                    if causal_offset is not None:
+                        _hide_later(block, s + causal_offset)
+                    torch.softmax(block, -1, out=share)
+                    if values is not None and out is not None:
+                        out[i, j, g, s:e] = share @ values[:width]
+                    if reduce == "sum":
+                        mass[i, j, :width].addmv_(share.T, weight[s:e])
+                    else:
+                        share *= weight[s:e, None]
+                        _count(mass[i : i + 1, j : j + 1, :width], share[None, None, None], reduce)
+
+
+def _hide_later(block: Tensor, last: int) -> None:
+    """Row `i` of the logits `block` `[rows, width]` sees columns up to `last + i`."""
+    rows, width = block.shape
+    if width > last + 1:
+        start = max(0, last + 1)
+        row = torch.arange(rows, device=block.device)[:, None] + last
+        block[:, start:].masked_fill_(torch.arange(start, width, device=block.device) > row, -math.inf)
 
 
 def _blocks(

@@ -5,6 +5,7 @@ Shapes: `B` batch, `Hkv` key-value heads, `N` stored tokens (padded where heads 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,39 @@ def top_mask(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor
         return valid.clone()
     if int(drops.max()) == 1 and not bool((protected & valid).sum(-1).gt(counts).any()):
         return _drop_one(scores, positions, valid, protected, drops)
-    return _rank(scores, positions, valid, protected) < counts[..., None]
+    if bool(((protected & valid).sum(-1) > counts).any()):
+        return _rank(scores, positions, valid, protected) < counts[..., None]
+    return _above_threshold(scores, positions, valid, protected, counts)
+
+
+def _above_threshold(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor, counts: Tensor) -> Tensor:
+    """`top_mask` where no head protects more than it may keep: what lies above the score that the last place costs, and
+    of those that lie on it the most recent. Finding that score takes no sort."""
+    limits = torch.finfo(scores.dtype)
+    worth = torch.where(valid, scores.clamp(limits.min, limits.max), -torch.inf).masked_fill_(
+        protected & valid, torch.inf
+    )
+    lowest = _largest(worth, counts)
+    keep = worth > lowest
+    level = (worth == lowest) & valid & (counts > 0)[..., None]
+    missing = counts - keep.sum(-1)
+    if bool((level.sum(-1) > missing).any()):
+        places = torch.where(level, positions.long(), -1)
+        level &= (positions >= _largest(places, missing)) & (missing > 0)[..., None]
+    return keep | level
+
+
+def _largest(values: Tensor, ranks: Tensor) -> Tensor:
+    """`[B, Hkv, 1]`: of the values `[B, Hkv, N]` of each head, the one of this rank from above (rank 0 counts as 1)."""
+    n = values.shape[-1]
+    counts = ranks.clamp_min(1)
+    first = int(counts.flatten()[0])
+    if bool((counts == first).all()):
+        return values.kthvalue(n - first + 1, dim=-1, keepdim=True).values
+    out = values.new_empty(*ranks.shape, 1)
+    for b, h in np.ndindex(*ranks.shape):
+        out[b, h] = values[b, h].kthvalue(n - int(counts[b, h]) + 1).values
+    return out
 
 
 def lowest_slot(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:

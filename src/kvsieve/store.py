@@ -204,9 +204,10 @@ class DenseStore(Store):
         if not self.ordered:
             order = self.read("position").gather(2, index).argsort(-1)
             index, self.ordered = index.gather(2, order), True
+        head = torch.arange(self.batch * self.heads, device=index.device).view(self.batch, self.heads, 1)
+        rows = (index + head * self.capacity).flatten()
         for name, buffer in self.columns.items():
-            where = index if buffer.dim() == 3 else index[..., None].expand(-1, -1, -1, buffer.shape[-1])
-            kept_rows = buffer[:, :, : self.n].gather(2, where)
+            kept_rows = buffer.flatten(0, 2).index_select(0, rows).unflatten(0, (self.batch, self.heads, kept))
             if room is not None:
                 roomy = _fresh(buffer, (self.batch, self.heads, kept + room), name)
                 roomy[:, :, :kept] = kept_rows

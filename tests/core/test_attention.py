@@ -25,12 +25,20 @@ def _blocks(request, monkeypatch):
 @pytest.fixture(params=[attention.MANY_LOGITS, 0], ids=["all heads", "head by head"])
 def _heads(request, monkeypatch):
     monkeypatch.setattr(attention, "MANY_LOGITS", request.param)
+    if not request.param:
+        monkeypatch.setattr(attention, "HEAD_LOGITS", 1)  # blocks of few rows
 
 
-SHAPES = [(1, 4, 2, 40, 40, 8), (2, 6, 2, 33, 50, 16), (2, 4, 4, 1, 30, 8), (1, 8, 1, 300, 300, 4)]
+SHAPES = [
+    (1, 4, 2, 40, 40, 8),
+    (1, 4, 2, 40, 25, 8),
+    (2, 6, 2, 33, 50, 16),
+    (2, 4, 4, 1, 30, 8),
+    (1, 8, 1, 300, 300, 4),
+]
 
 
-@pytest.mark.usefixtures("_blocks")
+@pytest.mark.usefixtures("_blocks", "_heads")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "weights", "mask"])
 @pytest.mark.parametrize("reduce", ["sum", "max", "square"])
@@ -156,6 +164,18 @@ def test_half_precision_accumulates_in_float32():
 def test_float64_stays_float64():
     q, k = torch.randn(1, 2, 9, 4, dtype=torch.float64), torch.randn(1, 1, 9, 4, dtype=torch.float64)
     torch.testing.assert_close(attention_mass(q, k), attention_mass_naive(q, k), rtol=1e-13, atol=1e-13)
+
+
+def test_half_precision_is_widened_head_by_head(monkeypatch):
+    monkeypatch.setattr(attention, "MANY_LOGITS", 0)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 40, 8).bfloat16() for heads in (4, 2, 2))
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None].expand(1, 4, -1, -1)
+    got = attention_mass(q, k, causal_offset=0)
+    torch.testing.assert_close(got, attention_mass_naive(q, k, mask=mask), rtol=1e-5, atol=1e-6)
+    out, mass = attend_and_count(q, k, v)
+    torch.testing.assert_close(mass, attention_mass_naive(q, k), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, attend_naive(q, k, v), rtol=2e-2, atol=2e-2)
 
 
 def test_unknown_reduction():
