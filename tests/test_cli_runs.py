@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,6 +135,10 @@ def test_options_agnostic_runs_and_several_budgets(tmp_path):
         (("--chat", "yes"), "no chat template"),
         (("--model", "nowhere/at-all"), "cannot load the model"),
         (("--option", "h2o"), "METHOD.NAME=VALUE"),
+        (("--samples", "0"), "count must be a whole number of 1 or more"),
+        (("--dtype", "float8"), "dtype must be one of"),
+        (("--chunk-size", "0"), "chunk_size must be 1 or more"),
+        (("--positions", "contiguous"), "original or slot"),
     ],
 )
 def test_what_ruler_refuses(words, message, tmp_path):
@@ -229,6 +235,7 @@ def test_failed_samples_are_rows_and_end_in_an_error(tmp_path, monkeypatch):
         (("--dataset", "no_such_task"), "no_such_task"),
         (("--data", "nowhere"), "no such file or folder"),
         (("--profile", "mine"), "profile"),
+        (("--dataset", ","), "no task was named"),
         (("--strategy", "h2o"), "must be one of none"),
         (("--strategy", "none", "--policy", "h2o"), "not both"),
         (("--strategy", "sink_recent", "--sink_tokens", "-1"), "0 or more"),
@@ -351,4 +358,25 @@ def test_diff_from_files(done, tmp_path):
     (tmp_path / "y.json").write_text(json.dumps(_made([1.0], label="other")))
     assert "nothing in common" in _run("diff", tmp_path / "y.json", folder).output
     assert load_summary(folder)["kind"] == "ruler"
+    (tmp_path / "z.json").write_text(json.dumps({"overall": [], "results": [], "run": {}}))
+    assert _run("diff", tmp_path / "z.json", folder).exit_code == 2
     assert _run("diff", folder, tmp_path / "none.json").exit_code == 2
+
+
+def test_no_strategy_works_in_a_process_of_its_own(tmp_path):
+    """Methods register when they are first asked for, which another test may have done here."""
+    _samples(tmp_path / "data", count=1)
+    words = ["longbench", "--no-pictures", "--data", str(tmp_path / "data"), "--strategy", "none"]
+    line = [sys.executable, "-m", "kvsieve.cli", *words, "--output", str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [one["method"] for one in _summary(tmp_path / "out")["overall"]] == ["full"]
+
+
+def test_official_chinese_needs_jieba_and_says_so_at_once(tmp_path, monkeypatch):
+    from kvsieve.tasks import longbench_items
+
+    monkeypatch.setattr(longbench_items, "find_spec", lambda name: None)
+    result = _run("longbench", "--dataset", "multifieldqa_zh", "--profile", "official", "--data", tmp_path / "none")
+    assert result.exit_code == 2
+    assert "need jieba" in result.output

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import zoo
+from ._compare.settings import DTYPES
 from .errors import KvsieveError, PolicyError
 
 __all__ = ["check_name", "digest", "find_device", "identity_of", "load_model", "surrogate_fingerprint"]
@@ -60,6 +61,8 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
         KvsieveError: it cannot be loaded.
     """
     check_name(name)
+    if dtype is not None and dtype not in DTYPES:
+        raise PolicyError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     wanted = None if dtype is None else getattr(torch, dtype)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -89,7 +89,7 @@ def longbench(
     debug: Debug = False,
 ) -> None:
     """LongBench under eviction: all 21 tasks and v2, with the published prompts and metrics."""
-    from .tasks.longbench_items import longbench_items, metrics, read_demo, read_tasks, task_names
+    from .tasks.longbench_items import check_words, longbench_items, metrics, read_demo, read_tasks, task_names
     from .tasks.metrics_text import check_profile
 
     check_profile(profile)
@@ -100,11 +100,13 @@ def longbench(
         names = policy or (DEMO_POLICIES if demo_mode else POLICIES)
         methods = make_contenders(names, budget or "0.25", option, model)
     # samples come before the model, so that a missing file is said at once
-    read = {} if demo_mode else read_tasks(task_names(dataset or "qasper"), data, num_examples)
+    wanted = [] if demo_mode else task_names("qasper" if dataset is None else dataset)
+    check_words(wanted, profile)
+    read = read_tasks(wanted, data, num_examples)
     loaded, tokenizer = load(model, device, dtype)
     if demo_mode:
-        read = read_demo(tokenizer, num_examples or _DEMO_SAMPLES, seed)
-    wrap = wraps(chat, tokenizer)
+        read = read_demo(tokenizer, _DEMO_SAMPLES if num_examples is None else num_examples, seed)
+    wrap = wraps(chat, tokenizer) and not demo_mode
     items = longbench_items(
         read,
         loaded,
@@ -158,7 +160,7 @@ def _strategy(
     resample: str,
 ) -> list[Contender] | None:
     """The flags of the earlier script as methods."""
-    from .tasks.contenders import FULL, Contender, contenders
+    from .tasks.contenders import FULL, contenders
 
     if strategy is None:
         return None
@@ -170,7 +172,7 @@ def _strategy(
         if value < 0:
             raise PolicyError(f"--{flag} must be 0 or more, not {value}")
     if strategy == "none":
-        return [Contender(FULL, FULL)]
+        return contenders([FULL], [])
     name = "sink_recent" if strategy == "sink_recent" else "sink_recent_uniform"
     given: dict[str, Any] = {"sink_tokens": sink, "recent_tokens": recent}
     amount = sink + recent

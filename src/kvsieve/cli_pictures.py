@@ -56,10 +56,10 @@ def visualize(
     from .report.strip import strip
     from .report.terminal import make_console
     from .tasks.items import plain_item
-    from .tasks.ruler_items import demo_items
+    from .tasks.ruler_items import demo_items, read_text
     from .tasks.run import perform
 
-    words = _read(text) if text is not None else None
+    words = read_text(text) if text is not None else None
     given = list(option or [])
     if policy is None:
         given = [*_OPTIONS, _BLOCK, *given]
@@ -89,7 +89,7 @@ def visualize(
     if moved is not None:
         console.print(f"earlier results moved to {moved}", markup=False)
     files, summary = write_results(folder)
-    for trace in load_traces(folder):
+    for trace in load_traces(folder, run.describe()):
         console.print()
         console.print(strip(trace, width=min(console.width, 120) - 12))
     for one in summary["failures"]:
@@ -109,7 +109,10 @@ def diff(
     """Compare two runs sample by sample."""
     from .report.diff import compare_runs, diff_markdown, load_summary
 
-    found = compare_runs(load_summary(a), load_summary(b))
+    try:
+        found = compare_runs(load_summary(a), load_summary(b))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{a} or {b} is no file of results as kvsieve writes them ({error!r})") from error
     typer.echo(f"A: {a}\nB: {b}\n")
     typer.echo(diff_markdown(found), nl=False)
     if plot:
@@ -135,12 +138,5 @@ def report(
         raise DataError(f"{folder}: no such folder")
     files, summary = write_results(Path(folder), pictures=pictures)
     show_results(make_console(), summary, files)
-
-
-def _read(path: str) -> str:
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from None
+    if summary["failures"]:
+        raise typer.Exit(1)

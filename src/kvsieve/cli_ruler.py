@@ -89,7 +89,9 @@ def ruler(
     methods = make_contenders(policy or (DEMO_POLICIES if demo else POLICIES), budget or "0.25", option, model)
     prose = None if texts is None else read_prose(texts)
     loaded, tokenizer = load(model, device, dtype)
-    wrap, count = wraps(chat, tokenizer), samples or (1 if grid else _SAMPLES)
+    wrap, count = wraps(chat, tokenizer) and not demo, samples
+    if count is None:
+        count = 1 if grid else _SAMPLES
     if demo:
         items, metrics = demo_items(tokenizer, wanted, count, seed)
     else:
@@ -119,7 +121,7 @@ def ruler(
         chunk_size=chunk_size,
         positions=positions,
         traced=traces,
-        about={"lengths": wanted, "samples_per_group": count, "chat": wrap},
+        about={"lengths": wanted, "samples_per_group": count, "chat": wrap, "grid": grid},
     )
     if demo:
         run.notes.append("A text holds sixteen facts about different people; one of them is asked for at the end.")

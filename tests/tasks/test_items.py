@@ -53,6 +53,13 @@ def test_parts_of_a_procedural_sample(tokenizer, chat):
         assert not item.every
 
 
+def test_models_that_think_aloud_are_asked_not_to(tokenizer):
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<a>{% if enable_thinking %}<think>{% endif %}"
+    (sample,) = needle.generate(tokenizer, 200, 1)
+    assert "<think>" not in procedural_item(sample, tokenizer, chat=True).text
+    assert longbench_item(get_task("qasper"), _sample(), tokenizer, None, chat=True).text.endswith("<a>")
+
+
 def test_where_all_answers_are_wanted(tokenizer):
     item = procedural_item(ruler.generate("niah_multivalue", tokenizer, 700, 1)[0], tokenizer)
     assert item.every
@@ -85,6 +92,23 @@ def test_every_template_has_a_seam(tokenizer, name, profile):
     seam = item.offsets[len(item.context)][0]
     assert item.text[:seam].rstrip().endswith("12 cats.")
     assert "12 cats." not in item.text[seam:]
+
+
+def test_answers_are_looked_for_in_the_context_alone(tokenizer):
+    """The question names what it asks about, and instructions show the form of an answer."""
+    which = _sample(context="Ode ran. Tom sat.", input="Who ran, Ode or Tom?", answers=("Ode",))
+    for split in (True, False):
+        item = longbench_item(get_task("qasper"), which, tokenizer, None, split=split)
+        assert len(item.answers) == 1
+        assert item.offsets[item.answers[0][0]][0] < item.text.index("Tom sat.")
+    paragraphs = "段落10: 一。段落2: 二。段落29: 三。"
+    sample = _sample(dataset="passage_retrieval_zh", context=paragraphs, input="二", answers=("段落2",))
+    item = longbench_item(get_task("passage_retrieval_zh"), sample, tokenizer, None, split=False)
+    ((low, high, _),) = item.answers
+    place = item.text.index("段落2:")
+    assert item.offsets[low][0] <= place < item.offsets[high - 1][1] <= place + 5
+    ready = _sample(context="", prompt="Ode ran. Who ran? Answer:")
+    assert longbench_item(get_task("qasper"), ready, tokenizer, None, split=False).answers == ()
 
 
 def test_answers_that_say_little_are_not_looked_for(tokenizer):

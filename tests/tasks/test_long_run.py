@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from kvsieve import zoo
 from kvsieve.errors import BudgetError, DataError, PolicyError
+from kvsieve.report.long_results import write_results
 from kvsieve.tasks import needle
 from kvsieve.tasks.contenders import Contender, contenders, parse_amount, parse_options
 from kvsieve.tasks.earlier import earlier_results, is_earlier, read_earlier
@@ -104,12 +108,44 @@ def test_a_run_that_stopped_goes_on_by_sample(make, tmp_path):
 def test_another_setting_is_another_row(make, tmp_path):
     run = make()
     keys = {run.key(run.contenders[1], run.items[0])}
-    for change in ({"seed": 1}, {"aware": False}, {"chunk_size": 3}, {"positions": "slot"}, {"about": {"x": 1}}):
+    for change in ({"seed": 1}, {"aware": False}, {"chunk_size": 3}, {"positions": "slot"}):
         other = make(**change)
         keys.add(other.key(other.contenders[1], other.items[0]))
     other = make(contenders(["streaming_llm"], [0.4]))
     keys.add(other.key(other.contenders[1], other.items[0]))
+    keys.add(run.key(run.contenders[1], replace(run.items[0], scoring=("other",))))
     assert len(keys) == 7
+    assert make(about={"lengths": [1]}).key(run.contenders[1], run.items[0]) in keys
+
+
+def test_a_surrogate_that_was_trained_anew_is_another(make, tmp_path):
+    folder = tmp_path / "kvzap"
+    shutil.copytree(zoo.path("mini-lm") / "kvzap", folder)
+    methods = contenders(["kvzap"], [0.9], {"kvzap": {"scorer": str(folder)}})
+    before = make(methods)
+    weights = load_file(folder / "model.safetensors")
+    name = sorted(weights)[0]
+    save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors")
+    after = make(methods)
+    assert before.key(methods[1], before.items[0]) != after.key(methods[1], after.items[0])
+
+
+def test_a_run_can_grow_but_not_change(make, tmp_path):
+    perform(make(contenders(["streaming_llm"], [0.5])), tmp_path)
+    perform(make(contenders(["random"], [0.5])), tmp_path, resume=True)
+    _, summary = write_results(tmp_path, pictures=False)
+    assert [one["method"] for one in summary["overall"]] == ["full", "random"]
+    assert "streaming_llm" not in (tmp_path / "report.html").read_text()
+    for change in ({"seed": 1}, {"aware": False}, {"chunk_size": 3}):
+        with pytest.raises(DataError, match="holds a run with"):
+            perform(make(**change), tmp_path, resume=True)
+
+
+def test_what_was_said_is_kept_when_scoring_fails(make, tmp_path):
+    run = make(contenders([], []))
+    run.items[0] = replace(run.items[0], score=lambda text: 1 / 0)
+    perform(run, tmp_path)
+    assert len(_lines(tmp_path)[0]["text"]) > 3
 
 
 def test_a_failure_is_a_row_and_is_tried_again(make, tmp_path):
@@ -150,8 +186,11 @@ def test_what_cannot_run_is_said_before_it_begins(make, mini):
         Run("ruler", *mini, "mini-lm", run.contenders, [run.items[0]] * 2, {}, "c")
     with pytest.raises(DataError, match="no samples"):
         Run("ruler", *mini, "mini-lm", run.contenders, [], {}, "c")
-    with pytest.raises(PolicyError, match="positions"):
-        make(positions="elsewhere")
+    for bad in ({"positions": "contiguous"}, {"chunk_size": 0}, {"traced": -1}):
+        with pytest.raises(PolicyError, match=next(iter(bad)).replace("traced", "traces")):
+            make(**bad)
+    with pytest.raises(PolicyError, match="same name and budget"):
+        make([*contenders(["h2o"], [0.5]), *contenders(["h2o"], [0.5])[1:]])
 
 
 def test_longer_than_the_model_is_noted(make):
@@ -202,7 +241,7 @@ def test_methods_and_budgets_as_typed():
     assert found[3].options == {"window_size": 8}
     assert found[1].asked == "0.25 of the tokens"
     assert found[2].asked == "512 tokens"
-    assert [one.label for one in contenders(["h2o"], [0.5])] == ["full", "h2o"]
+    assert [one.label for one in contenders(["h2o"], [0.5, 0.50])] == ["full", "h2o"]
     assert [parse_amount(text) for text in ("0.25", "512", "1MiB")] == [0.25, 512, "1MiB"]
     assert parse_options(["h2o.window_size=8", "random.x=none", "a.b=true", "a.c=0.5"]) == {
         "h2o": {"window_size": 8},
@@ -307,6 +346,36 @@ def test_intervals_are_those_of_the_samples():
     assert low < m["delta"] < high
 
 
+def test_the_interval_of_several_tasks_surrounds_their_mean():
+    """Tasks count the same; samples are drawn within each."""
+    plan = _plan(depths=[0.0, 0.5, 1.0])
+    rows = {key: _row(1.0) for key in plan["keys"][0]}
+    rows |= {key: _row(score) for key, score in zip(plan["keys"][1], [1, 0, 0, 1, 1, 0], strict=True)}
+    m = summarise(plan, rows)["overall"][1]
+    assert m["score"] == pytest.approx(50.0)
+    assert m["interval"][0] < 50 < m["interval"][1]
+    rng, means = np.random.default_rng(1), 0.0
+    for scores in ([1, 0, 0], [1, 1, 0]):
+        means = means + rng.multinomial(3, [1 / 3] * 3, size=2000) @ np.array(scores) * (50 / 3)
+    assert m["interval"] == pytest.approx(np.quantile(means, [0.025, 0.975]))
+    assert m["delta_interval"][0] < m["delta"] == pytest.approx(-50.0)
+
+
+def test_when_methods_decide_is_noted():
+    plan = _plan()
+    plan["methods"][1]["steady"] = True
+    rows = {key: _row(1.0) for keys in plan["keys"] for key in keys}
+    assert "before the question was seen" in " ".join(summarise(plan, rows)["notes"])
+    plan["run"]["mode"] = "query-agnostic"
+    assert "has a say" in " ".join(summarise(plan, rows)["notes"])
+    plan["methods"][1]["steady"] = False
+    assert "held in full" in " ".join(summarise(plan, rows)["notes"])
+    rows["m/a0"]["unmanaged_layers"] = {"1": "DynamicSlidingWindowLayer"}
+    assert "1 layers of this model (DynamicSlidingWindowLayer) are not managed" in " ".join(
+        summarise(plan, rows)["notes"]
+    )
+
+
 def test_what_is_off_is_noted():
     plan = _plan()
     rows = {key: _row(0.0, kept=1.0) for keys in plan["keys"] for key in keys}
@@ -342,5 +411,8 @@ def test_the_earlier_scripts_file(make, tmp_path):
     assert back["overall"][0]["failed"] == 1
     with pytest.raises(DataError, match="no results"):
         read_earlier({"config": {}, "results": []}, "x.json")
+    twice = {"success": True, "score": 1, "id": "a"}
+    with pytest.raises(DataError, match="twice"):
+        read_earlier({"config": {}, "results": [twice, twice]}, "x.json")
     with pytest.raises(DataError, match="score"):
         read_earlier({"config": {}, "results": [{"success": True}]}, "x.json")

@@ -44,12 +44,12 @@ def compare_runs(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `pairs`: for each method pair and task `a`, `b` (names), `task`, `length`, `score_a`, `score_b`, `delta`
-        (B - A), `interval` (95 %, paired over the samples in both; None for fewer than three), `shared` (how many),
+        (B - A) and `interval` (95 %, None for fewer than three), both over the samples in both, `shared` (how many),
         `won` and `lost` (samples that B scored higher or lower), `kept_a`, `kept_b` (shares), `bytes_a`, `bytes_b`,
         `seconds_a`, `seconds_b` (whole method); and `notes`.
 
     Raises:
-        DataError: they have no method and task in common.
+        DataError: they have no method and task with a score in common.
     """
     names_a, names_b = ([one["method"] for one in run["overall"]] for run in (a, b))
     pairs = [(name, name) for name in names_a if name in names_b]
@@ -70,7 +70,7 @@ def compare_runs(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
                 ),
                 None,
             )
-            if twin is not None:
+            if twin is not None and None not in (one["score"], twin["score"]):
                 found.append(_pair(one, twin) | {"seconds_a": _seconds(a, name_a), "seconds_b": _seconds(b, name_b)})
     if not found:
         raise DataError(
@@ -107,7 +107,7 @@ def _pair(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         "length": a["length"],
         "score_a": a["score"],
         "score_b": b["score"],
-        "delta": b["score"] - a["score"],
+        "delta": 100 * sum(change) / len(change) if change else b["score"] - a["score"],
         "interval": None if interval is None else list(interval),
         "shared": len(shared),
         "samples_a": a["samples"],
@@ -132,7 +132,7 @@ def _notes(
         if left is not None and right is not None and left != right:
             notes.append(f"The runs differ in {name.replace('_', ' ')}: {left} and {right}.")
     if any(one["shared"] < max(one["samples_a"], one["samples_b"]) for one in pairs):
-        notes.append("Some samples are in one run only: intervals, won and lost are over those in both.")
+        notes.append("Some samples are in one run only: B - A, its interval, won and lost are over those in both.")
     paired = {one["a"] for one in pairs} | {one["b"] for one in pairs}
     for run, names in (("A", only_a), ("B", only_b)):
         left_out = [name for name in names if name not in paired]

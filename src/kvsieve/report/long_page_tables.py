@@ -96,7 +96,7 @@ def failures(summary: Mapping[str, Any]) -> str:
     head = "".join(f'<th scope="col" class="name">{name}</th>' for name in ("method", "task", "sample", "error"))
     return (
         '<h2>Failed samples</h2><div class="wide" tabindex="0" role="region" aria-label="Failed samples"><table>'
-        f"<caption>These are not part of any score</caption><thead><tr>{head}</tr></thead>"
+        f"<caption>Each of these counts 0 in the score of its method</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
 

@@ -14,7 +14,7 @@ from rich.progress import TaskID
 from .._rowlog import jsonable, write_text
 from ..errors import DataError
 from ..tasks.earlier import earlier_results
-from ..tasks.run import SUMMARY, TRACES, Run, Watcher, load_run, missing
+from ..tasks.run import SUMMARY, Run, Watcher, load_run, missing, trace_path
 from ..tasks.summary import summarise
 from ..trace import Trace
 from .long_page import report_page
@@ -113,7 +113,7 @@ def write_results(
         safe = re.sub(r"[^\w.@-]+", "_", name)
         files.extend(save(figure, folder / PICTURES / f"{safe}.{kind}") for kind in ("png", "svg"))
 
-    page = report_page(summary, _chosen(load_traces(folder)), pictures=pictures, keep=keep)
+    page = report_page(summary, _chosen(load_traces(folder, plan)), pictures=pictures, keep=keep)
     write_text(folder / PAGE, page)
     files.append(folder / PAGE)
     if earlier is not None:
@@ -123,9 +123,10 @@ def write_results(
     return files, summary
 
 
-def load_traces(folder: Path) -> list[Trace]:
-    """The recorded traces of a run, by method and sample."""
-    return [Trace.load(file) for file in sorted((folder / TRACES).glob("*/*.npz"))]
+def load_traces(folder: Path, plan: dict[str, Any]) -> list[Trace]:
+    """The recorded traces of a run (`load_run`), by method and sample; what other runs left there is not read."""
+    places = (trace_path(folder, one["label"], item["id"]) for one in plan["methods"] for item in plan["items"])
+    return [Trace.load(file) for file in places if file.is_file()]
 
 
 def show_results(console: Console, summary: dict[str, Any], files: list[Path]) -> None:

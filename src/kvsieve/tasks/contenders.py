@@ -50,6 +50,7 @@ class Contender:
     def policy(self, seed: int, item: str) -> Policy:
         """A policy for one item. A share of the tokens is applied once, when the reader says so; methods that draw
         numbers draw others for each item."""
+        list_methods()  # defining the methods registers them
         options = dict(self.options)
         if isinstance(self.budget, float):
             options.setdefault("when", "request")
@@ -96,8 +97,8 @@ def contenders(
         if "threshold" in given:
             found.append(Contender(name, name, None, given))
             continue
-        for budget in budgets or [None]:
-            label = name if len(budgets) < 2 else f"{name}@{budget}"
+        for budget in dict.fromkeys(budgets) or [None]:
+            label = name if len(set(budgets)) < 2 else f"{name}@{budget}"
             found.append(Contender(label, name, budget, given))
     if left:
         raise PolicyError(f"options were given for {', '.join(left)}, which this run does not have")

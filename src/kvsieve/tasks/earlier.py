@@ -33,7 +33,7 @@ def earlier_results(
         good = row["status"] == "ok"
         results.append(
             {
-                "id": item["id"],
+                "id": item["id"].removeprefix(f"{item['task']}/") if len(plan["tasks"]) == 1 else item["id"],
                 "prompt_length": item["prompt_tokens"],
                 "output_text": row["text"] if good else "",
                 "output_length": row["new_tokens"] if good else 0,
@@ -97,7 +97,10 @@ def read_earlier(data: dict[str, Any], where: str) -> dict[str, Any]:
         good = bool(one.get("success", True))
         if good and fields.absent("score"):
             raise fields.error("score", "is missing")
-        scores[str(one.get("id", i))] = float(one["score"]) if good else 0.0
+        name = str(one.get("id", i))
+        if name in scores:
+            raise fields.error("id", f"{name!r} occurs twice")
+        scores[name] = float(one["score"]) if good else 0.0
     values = list(scores.values())
     dataset = config.words("dataset")
     failed = sum(not one.get("success", True) for one in found)

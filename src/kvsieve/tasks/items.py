@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import DataError, KvsieveError
 from . import records, ruler_sample
 from .longbench import LongBenchTask
-from .longbench_encoding import Chat, EncodedPrompt, encode_prompt
+from .longbench_encoding import Chat, EncodedPrompt, encode_prompt, in_chat
 from .longbench_v2 import LETTERS, MODES, ChoiceQuestion, choice_prompt, extract_answer
 
 __all__ = ["Item", "Span", "choice_item", "longbench_item", "plain_item", "procedural_item"]
@@ -46,6 +46,7 @@ class Item:
         depth: where in the text the answer stands, from 0 to 1.
         stop_token_ids: tokens that end generation except as its first.
         finished: whether generation can end at this text.
+        scoring: what `score` and `finished` depend on beside text and answers, as JSON can hold it.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Item:
     depth: float | None = None
     stop_token_ids: tuple[int, ...] = ()
     finished: Callable[[str], bool] = field(default=lambda text: False, repr=False)
+    scoring: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -120,7 +122,7 @@ def longbench_item(
 ) -> Item:
     """An item from a sample of LongBench.
 
-    An answer is located where the task asks for words of the text and these stand there in a few places.
+    An answer is located where the task asks for words of the text and these stand in a few places of the context.
 
     Args:
         task: the task.
@@ -139,11 +141,19 @@ def longbench_item(
     """
     encoded = task.encode(sample, tokenizer, max_length, chat=chat, profile=profile)
     offsets = _offsets(tokenizer, encoded)
-    seam = _seam(task, sample, encoded, profile) if split else None
-    cut = len(encoded.ids)
-    if seam is not None:
-        cut = next((i for i, (start, end) in enumerate(offsets) if end > max(start, seam)), cut)
-    where = _located(encoded.text[: seam or len(encoded.text)], sample.answers) if task.metric in _LOCATABLE else []
+    cut, where = len(encoded.ids), []
+    try:
+        seam = _seam(task, sample, encoded, profile)
+    except DataError:
+        if split:
+            raise
+    else:
+        if split:
+            cut = next((i for i, (start, end) in enumerate(offsets) if end > max(start, seam)), cut)
+        if task.metric in _LOCATABLE:
+            head = task.template(profile).partition("{context}")[0]
+            begin = max(0, encoded.text.find(head)) + len(head)
+            where = [(a + begin, b + begin, i) for a, b, i in _located(encoded.text[begin:seam], sample.answers)]
     answers = tuple(_to_tokens(offsets, where))
     return Item(
         id=f"{task.name}/{sample.id}",
@@ -159,6 +169,7 @@ def longbench_item(
         answers=answers,
         length=sample.length,
         stop_token_ids=task.stop_token_ids(tokenizer, profile),
+        scoring=(task.metric, profile, stop, sample.classes),
         finished=lambda text: (stop is not None and stop in text) or task.finished(text, profile),
     )
 
@@ -192,6 +203,7 @@ def choice_item(
         question=encoded.ids[cut:],
         max_new_tokens=MODES["0shot"],
         score=lambda text: float(extract_answer(text, profile=profile) == question.answer),
+        scoring=(profile, question.answer),
         expected=(f"{question.answer}: {question.choices[LETTERS.index(question.answer)]}",),
         text=encoded.text,
         offsets=offsets,
@@ -231,8 +243,7 @@ def _frame(tokenizer: Any, prompt: str, chat: bool) -> tuple[str, str, bool]:
     """What a chat template puts before and behind a prompt, and whether special tokens are still to be added."""
     if not chat:
         return "", "", True
-    message = [{"role": "user", "content": prompt}]
-    whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    whole = in_chat(tokenizer, prompt)
     head, found, tail = whole.partition(prompt)
     if not found:
         raise KvsieveError(
@@ -279,7 +290,12 @@ def _located(text: str, answers: Sequence[str]) -> list[Span]:
         if len(answer) < _SHORTEST or answer.lower() in _UNLOCATABLE:
             continue
         # where words are not written apart, no seam between them can be asked for
-        pattern = rf"(?<!\w){re.escape(answer)}(?!\w)" if answer.isascii() else re.escape(answer)
+        apart = r"\w" if answer.isascii() else r"\d"
+        before, after = (
+            f"(?{how}{apart})" if answer.isascii() or end.isdigit() else ""
+            for how, end in (("<!", answer[0]), ("!", answer[-1]))
+        )
+        pattern = before + re.escape(answer) + after
         places = [found.span() for found in re.finditer(pattern, text, re.IGNORECASE)]
         if 0 < len(places) <= _MOST_PLACES:
             located += [(low, high, i) for low, high in places]

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DataError, PolicyError
 from .metrics_text import check_profile
 
-__all__ = ["Chat", "EncodedPrompt", "encode_prompt"]
+__all__ = ["Chat", "EncodedPrompt", "encode_prompt", "in_chat"]
 
 Chat = bool | Callable[[str], str]
 """Whether to wrap the prompt with the tokenizer's chat template, or a function that wraps it."""
@@ -144,12 +144,19 @@ def _wrap(text: str, tokenizer: Any, chat: Chat) -> str:
         return text
     if not getattr(tokenizer, "chat_template", None):
         raise PolicyError("the tokenizer has no chat template; give chat=False, or a function that wraps a prompt")
+    return in_chat(tokenizer, text)
+
+
+def in_chat(tokenizer: Any, text: str) -> str:
+    """The text as a user's turn, and the opening of the answer. Models that think aloud are asked not to: they are
+    given too few tokens for it."""
     turn = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False))
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    quiet = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}  # of transformers: no word on long texts
+    return list(tokenizer(text, add_special_tokens=special, **quiet)["input_ids"])
 
 
 def _encode_wrapped(tokenizer: Any, text: str, chat: Chat) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
+from ..errors import KvsieveError, PolicyError
 from ..hf import text_config
 from .demo import DEMO_TASKS, longbench_samples
 from .items import Item, choice_item, longbench_item
@@ -12,7 +14,7 @@ from .longbench import EXTENDED_TASKS, TASKS, get_task
 from .longbench_v2 import MODES, load_questions
 from .records import load_samples
 
-__all__ = ["V2", "longbench_items", "metrics", "read_demo", "read_tasks", "task_names"]
+__all__ = ["V2", "check_words", "longbench_items", "metrics", "read_demo", "read_tasks", "task_names"]
 
 V2 = "v2"
 """The name under which LongBench v2 is asked for."""
@@ -32,10 +34,26 @@ def task_names(text: str) -> list[str]:
     """
     asked = [part.strip() for part in text.split(",") if part.strip()]
     names = list(dict.fromkeys(name for part in asked for name in _GROUPS.get(part, [part])))
+    if not names:
+        raise PolicyError("no task was named; give names with commas, or all, en, e, v2")
     for name in names:
         if name != V2:
             get_task(name)
     return names
+
+
+def check_words(names: Sequence[str], profile: str) -> None:
+    """Raise where an official score needs jieba to cut Chinese into words and it is not there.
+
+    Raises:
+        KvsieveError: so it is.
+    """
+    needs = [name for name in names if name != V2 and get_task(name).metric in ("qa_f1_zh", "rouge_zh")]
+    if needs and profile == "official" and find_spec("jieba") is None:
+        raise KvsieveError(
+            f"official scores of {', '.join(needs)} need jieba: pip install jieba, or leave these tasks out, or use "
+            "--profile fixed, which cuts Chinese into characters"
+        )
 
 
 def read_tasks(names: Sequence[str], data: str | None, limit: int | None) -> dict[str, list[Any]]:

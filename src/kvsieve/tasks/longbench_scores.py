@@ -13,7 +13,15 @@ from .metrics import average
 from .metrics_text import check_segmentation
 from .records import Sample
 
-__all__ = ["LENGTH_BUCKETS", "TaskScore", "bootstrap_interval", "length_bucket", "mean_of_tasks", "score_task"]
+__all__ = [
+    "LENGTH_BUCKETS",
+    "TaskScore",
+    "bootstrap_interval",
+    "bootstrap_of_groups",
+    "length_bucket",
+    "mean_of_tasks",
+    "score_task",
+]
 
 LENGTH_BUCKETS = ("0-4k", "4-8k", "8k+")
 """By the length of the context as the file counts it, under the names LongBench-E has for them."""
@@ -141,15 +149,31 @@ def bootstrap_interval(
     Raises:
         PolicyError: confidence not between 0 and 1, or no resamples.
     """
+    return bootstrap_of_groups([scores], confidence=confidence, resamples=resamples, seed=seed)
+
+
+def bootstrap_of_groups(
+    groups: Sequence[Sequence[float]], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
+    """The same for the mean of the means of several groups: samples are drawn within each.
+
+    Returns:
+        `None` if a group has fewer than three samples, or there is none.
+
+    Raises:
+        PolicyError: see `bootstrap_interval`.
+    """
     if not 0 < confidence < 1:
         raise PolicyError(f"confidence must be between 0 and 1, not {confidence}")
     if resamples < 1:
         raise PolicyError(f"resamples must be 1 or more, not {resamples}")
-    count = len(scores)
-    if count < LEAST_SAMPLES:
+    if not groups or min(map(len, groups)) < LEAST_SAMPLES:
         return None
-    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=resamples)
-    means = draws @ np.array(scores, dtype=float) * (100 / count)
+    rng, means = np.random.default_rng(seed), np.zeros(resamples)
+    for scores in groups:
+        count = len(scores)
+        draws = rng.multinomial(count, [1 / count] * count, size=resamples)
+        means += draws @ np.array(scores, dtype=float) * (100 / count / len(groups))
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

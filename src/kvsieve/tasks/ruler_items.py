@@ -9,10 +9,11 @@ from typing import Any
 from ..errors import DataError
 from . import demo, needle, ruler
 from .items import Item, procedural_item
+from .longbench_encoding import in_chat
 from .ruler_niah import Niah
 from .ruler_sample import Sample
 
-__all__ = ["NEEDLES", "demo_items", "read_prose", "ruler_items", "task_names"]
+__all__ = ["NEEDLES", "demo_items", "read_prose", "read_text", "ruler_items", "task_names"]
 
 NEEDLES = ("needle", "needle_number", "kamradt")
 """Beside RULER's own tasks: a fact with a word or a number, in a form that mini-lm can read, and Kamradt's needle."""
@@ -69,7 +70,9 @@ def ruler_items(
     for name in names:
         common: dict[str, Any] = {"seed": seed, "reserve": reserve, "texts": texts}
         if name == "kamradt":
-            samples += needle.kamradt(tokenizer, lengths, depths or 11, texts=texts, reserve=reserve)
+            samples += needle.kamradt(
+                tokenizer, lengths, 11 if depths is None else depths, texts=texts, reserve=reserve
+            )
         elif name in NEEDLES:
             common |= {"needles": needles, "values": "number" if name == "needle_number" else "word"}
             if depths is not None:
@@ -101,7 +104,21 @@ def read_prose(path: str) -> list[str]:
     files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
         raise DataError(f"{path}: no such file, or a folder without .txt files")
-    return [file.read_text(encoding="utf-8") for file in files]
+    return [read_text(file) for file in files]
+
+
+def read_text(file: str | Path) -> str:
+    """A text file.
+
+    Raises:
+        DataError: it is not there, or is not UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason})") from None
 
 
 def _reads_prose(name: str) -> bool:
@@ -114,6 +131,4 @@ def _questions(name: str, path: str | None) -> str | None:
 
 
 def _template_tokens(tokenizer: Any) -> int:
-    message = [{"role": "user", "content": "x"}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(tokenizer(in_chat(tokenizer, "x"), add_special_tokens=False)["input_ids"])

@@ -25,14 +25,15 @@ from typing import Any
 
 import torch
 
-from .._identity import digest, identity_of
+from .._identity import digest, identity_of, surrogate_fingerprint
 from .._rowlog import RowLog, jsonable, read_json, read_rows, write_text
 from ..cache import SieveCache
-from ..errors import DataError
+from ..errors import DataError, PolicyError
 from ..hf import text_config
+from ..triggers import OnRequest
 from .contenders import FULL, Contender
 from .items import Item
-from .reader import answer
+from .reader import Answer, answer
 
 __all__ = ["FORMAT", "ROWS", "RUN", "SUMMARY", "Run", "load_run", "missing", "perform", "trace_path"]
 
@@ -91,6 +92,16 @@ class Run:
             seen.add(item.id)
         device = next(self.model.parameters()).device
         self.identity = identity_of(self.model, str(device), ("tasks/",))
+        if self.chunk_size < 1 or self.traced < 0:
+            raise PolicyError(
+                f"chunk_size must be 1 or more and traces 0 or more, not {self.chunk_size} and {self.traced}"
+            )
+        if self.positions not in ("original", "slot"):
+            raise PolicyError(f"positions must be original or slot, not {self.positions!r}")
+        labels = [contender.label for contender in self.contenders]
+        if len(set(labels)) < len(labels):
+            raise PolicyError(f"two methods have the same name and budget: {', '.join(labels)}")
+        self._surrogates = {one.label: _fingerprint(one) for one in self.contenders}
         for contender in self.contenders:
             SieveCache(self.model, contender.policy(self.seed, ""), self.positions)
         self._check_length()
@@ -98,9 +109,9 @@ class Run:
     def key(self, contender: Contender, item: Item) -> str:
         """A hash of all that a row depends on."""
         options = {key: str(value) for key, value in contender.options.items()}
-        policy = [contender.label, contender.name, str(contender.budget), options]
-        how = [self.seed, self.aware, self.chunk_size, self.positions, jsonable(self.about)]
-        what = [item.id, item.context, item.question, item.max_new_tokens, item.expected]
+        policy = [contender.label, contender.name, str(contender.budget), options, self._surrogates[contender.label]]
+        how = [self.seed, self.aware, self.chunk_size, self.positions]
+        what = [item.id, item.context, item.question, item.max_new_tokens, item.expected, item.scoring]
         return digest([self.identity, policy, how, what])
 
     def recorded(self) -> set[str]:
@@ -149,6 +160,7 @@ class Run:
                     "label": one.label,
                     "name": one.name,
                     "budget": one.asked,
+                    "steady": _steady(one, self.seed),
                     "options": {key: str(value) for key, value in one.options.items()},
                 }
                 for one in self.contenders
@@ -209,6 +221,8 @@ def perform(run: Run, folder: Path, *, resume: bool = False, watcher: Watcher | 
     watcher = watcher or Watcher()
     recorded = run.recorded()
     with RowLog(folder / ROWS, resume, OTHERS) as log:
+        if resume and (folder / RUN).is_file():
+            _check_same(read_json(folder / RUN), run, folder)
         write_text(folder / RUN, json.dumps(jsonable(run.describe()), indent=1) + "\n")
         rows = read_rows([folder / ROWS])
         work = [(one, item, run.key(one, item)) for one in run.contenders for item in run.items]
@@ -263,6 +277,7 @@ def missing(plan: dict[str, Any], rows: dict[str, dict[str, Any]]) -> int:
 def _row(run: Run, contender: Contender, item: Item, key: str, keep: Path | None) -> dict[str, Any]:
     """One row. A failure is a row too: it must neither cost the others nor go missing."""
     row: dict[str, Any] = {"key": key, "method": contender.label, "id": item.id, "task": item.task}
+    found: Answer | None = None
     try:
         policy = contender.policy(run.seed, item.id)
         cache = SieveCache(run.model, policy, run.positions)
@@ -280,7 +295,8 @@ def _row(run: Run, contender: Contender, item: Item, key: str, keep: Path | None
             found.trace.with_about(about).save(keep)
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
-        return row | {"status": "failed", "error": what, "traceback": traceback.format_exc()}
+        said = {} if found is None else {"text": found.text}
+        return row | {"status": "failed", "error": what, "traceback": traceback.format_exc(), **said}
     report = found.report
     return row | {
         "status": "ok",
@@ -294,9 +310,36 @@ def _row(run: Run, contender: Contender, item: Item, key: str, keep: Path | None
         "bytes_held": report["bytes_held"],
         "bytes_full": report["bytes_full"],
         "evictions": report["evictions"],
+        "unmanaged_layers": {str(index): kind for index, kind in report["unmanaged_layers"].items()},
         "survival": None if found.survival is None else found.survival.share,
         "survival_by_layer": None if found.survival is None else list(found.survival.by_layer),
     }
+
+
+def _steady(contender: Contender, seed: int) -> bool:
+    """Whether it evicts as it reads, and not once at the end."""
+    policy = contender.policy(seed, "")
+    return policy.evicts and not isinstance(policy.trigger, OnRequest)
+
+
+def _fingerprint(contender: Contender) -> str:
+    """Of the surrogate, which may be trained anew under the same name."""
+    scorer = contender.options.get("scorer")
+    return surrogate_fingerprint(scorer) if isinstance(scorer, str) else ""
+
+
+_SAME = ("model", "weights_fingerprint", "dtype", "seed", "mode", "chunk_size", "positions", "profile")
+
+
+def _check_same(plan: Any, run: Run, folder: Path) -> None:
+    """More methods and more samples can be added to a run; other settings make another one of it."""
+    before, now = plan.get("run", {}) if isinstance(plan, dict) else {}, run.describe()["run"]
+    for name in _SAME:
+        if before.get(name) != now.get(name):
+            raise DataError(
+                f"{folder} holds a run with {name.replace('_', ' ')} {before.get(name)}, not {now.get(name)}; choose "
+                "another folder, or leave out --resume to set that run aside"
+            )
 
 
 def _file_name(text: str) -> str:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from .contenders import FULL
-from .longbench_scores import LENGTH_BUCKETS, bootstrap_interval, length_bucket
+from .longbench_scores import LENGTH_BUCKETS, bootstrap_of_groups, length_bucket
 from .metrics import average
 
 __all__ = ["HELD", "summarise"]
 
 HELD = 0.5
 """A wrong answer counts as kept but ignored if at least this share of all heads held it, else as evicted."""
-_LOW, _OFF_TARGET = 10.0, 0.03
+_LOW, _OFF_TARGET, _FEW_DEPTHS = 10.0, 0.03, 11
 _Row = dict[str, Any]
 
 
@@ -56,7 +56,7 @@ def summarise(plan: dict[str, Any], rows: dict[str, _Row], seconds: dict[str, fl
             for item, row in found
             if row["status"] != "ok"
         ]
-    _compare_overall(overall, results)
+    _compare_overall(plan, overall, results)
     return {
         "format": plan["format"],
         "kind": plan["kind"],
@@ -65,7 +65,7 @@ def summarise(plan: dict[str, Any], rows: dict[str, _Row], seconds: dict[str, fl
         "results": results,
         "overall": overall,
         "failures": failures,
-        "notes": [*plan["notes"], *_notes(plan, overall, results)],
+        "notes": [*plan["notes"], *_notes(plan, overall, results, list(rows.values()))],
     }
 
 
@@ -93,7 +93,7 @@ def _result(plan: dict[str, Any], method: dict[str, Any], group: Any, chosen: Se
         "failed": len(chosen) - len(good),
         **_cache(good),
         "survival": _survival(good),
-        "by_depth": _by_depth(chosen),
+        "by_depth": _by_depth(chosen, plan["run"].get("grid", False)),
         "by_length": _by_length(chosen) if plan["kind"] == "longbench" else {},
         "sample_scores": scores if scored else {},
     }
@@ -128,11 +128,10 @@ def _survival(rows: Sequence[_Row]) -> dict[str, Any] | None:
     }
 
 
-def _by_depth(chosen: Sequence[tuple[Any, _Row]]) -> list[_Row]:
-    """Scores by where the answer stood. Depths that were spread over the samples are put into tenths."""
+def _by_depth(chosen: Sequence[tuple[Any, _Row]], grid: bool) -> list[_Row]:
+    """Scores by where the answer stood. Many depths, spread over the samples, are put into tenths."""
     depths = {item["depth"] for item, _ in chosen if item["depth"] is not None}
-    # a grid asks for the same depths again and again; spread depths are all different
-    given = len(depths) <= 21
+    given = grid or len(depths) <= _FEW_DEPTHS
     cells: dict[float, list[_Row]] = {}
     for item, row in chosen:
         if item["depth"] is not None:
@@ -178,8 +177,7 @@ def _overall(plan: dict[str, Any], method: dict[str, Any], rows: list[_Row], res
         "policy": None if method["name"] == FULL else method["name"],
         "budget": method["budget"],
         "score": _mean([one["score"] for one in results]) if scores else None,
-        # tasks count the same in the mean; with several of them a bootstrap over all samples would weigh them otherwise
-        "interval": _interval(scores, plan) if len(results) <= 1 else _pooled([one["interval"] for one in results]),
+        "interval": _interval_of([list(one["sample_scores"].values()) for one in results], plan),
         **_cache(good),
         "survival": _mean([one["share"] for one in survived]) if survived else None,
         "wrong_evicted": sum(one["wrong_evicted"] for one in survived) if survived else None,
@@ -189,27 +187,44 @@ def _overall(plan: dict[str, Any], method: dict[str, Any], rows: list[_Row], res
     }
 
 
-def _pooled(intervals: Sequence[Sequence[float] | None]) -> list[float] | None:
-    """The interval of a mean of independent means: half-widths add in squares."""
-    known = [one for one in intervals if one is not None]
-    if not known or len(known) < len(intervals):
-        return None
-    centre = _mean([(low + high) / 2 for low, high in known])
-    half = math.sqrt(sum(((high - low) / 2) ** 2 for low, high in known)) / len(known)
-    return [centre - half, centre + half]
-
-
-def _compare_overall(overall: list[_Row], results: list[_Row]) -> None:
+def _compare_overall(plan: dict[str, Any], overall: list[_Row], results: list[_Row]) -> None:
+    full = {_place(one): one["sample_scores"] for one in results if one["method"] == FULL}
     for one in overall:
         mine = [result for result in results if result["method"] == one["method"]]
         known = [result["delta"] for result in mine if result["delta"] is not None]
-        whole = one["method"] != FULL and known and len(known) == len(mine)
-        one["delta"] = _mean(known) if whole else None
-        one["delta_interval"] = _pooled([result["delta_interval"] for result in mine]) if whole else None
+        whole = one["method"] != FULL and bool(known) and len(known) == len(mine)
+        one["delta"], one["delta_interval"] = _mean(known) if whole else None, None
+        if whole:
+            pairs = [(result["sample_scores"], full[_place(result)]) for result in mine]
+            one["delta_interval"] = _interval_of([[a[key] - b[key] for key in a] for a, b in pairs], plan)
 
 
-def _notes(plan: dict[str, Any], overall: Sequence[_Row], results: Sequence[_Row]) -> list[str]:
-    notes = []
+def _place(result: _Row) -> tuple[str, int | None]:
+    return result["task"], result["length"]
+
+
+def _notes(plan: dict[str, Any], overall: Sequence[_Row], results: Sequence[_Row], rows: Sequence[_Row]) -> list[str]:
+    notes, aware = [], plan["run"].get("mode") != "query-agnostic"
+    steady = [method["label"] for method in plan["methods"] if method.get("steady")]
+    if steady and not aware:
+        notes.append(
+            f"{', '.join(steady)} hold their budget after every forward pass, also while the question is read, so that "
+            "the question has a say in that."
+        )
+    if steady and aware:
+        notes.append(
+            f"{', '.join(steady)} hold their budget after every forward pass: what they let go while the context was "
+            "read was decided before the question was seen."
+        )
+    if not aware and len(steady) + 1 < len(plan["methods"]):
+        notes.append("The question was read after the eviction and is held in full, on top of what was asked for.")
+    others = next((row["unmanaged_layers"] for row in rows if row.get("unmanaged_layers")), None)
+    if others:
+        kinds = ", ".join(sorted(set(others.values())))
+        notes.append(
+            f"{len(others)} layers of this model ({kinds}) are not managed: nothing is evicted from them, and kept, "
+            "cache held and answer held are over the others."
+        )
     for one in overall:
         if one["method"] == FULL or one["kept_share"] is None:
             continue
@@ -219,7 +234,7 @@ def _notes(plan: dict[str, Any], overall: Sequence[_Row], results: Sequence[_Row
                 f"{one['method']} evicted nothing: its budget ({one['budget']}) holds every prompt of this run "
                 f"({one['prompt_tokens']:.0f} tokens on average). Its row says nothing about the method."
             )
-        elif asked is not None and abs(one["kept_share"] - asked) > _OFF_TARGET:
+        elif asked is not None and aware and abs(one["kept_share"] - asked) > _OFF_TARGET:
             notes.append(
                 f"{one['method']} was asked to keep {asked:.0%} and kept {one['kept_share']:.0%} as measured: what it "
                 "protects, or its own rule, decides."
@@ -240,7 +255,11 @@ def _asked_share(budget: str) -> float | None:
 
 
 def _interval(scores: Sequence[float], plan: dict[str, Any]) -> list[float] | None:
-    found = bootstrap_interval(scores, seed=plan["run"]["seed"])
+    return _interval_of([scores], plan)
+
+
+def _interval_of(groups: Sequence[Sequence[float]], plan: dict[str, Any]) -> list[float] | None:
+    found = bootstrap_of_groups(groups, seed=plan["run"]["seed"])
     return None if found is None else list(found)
 
 
