@@ -151,7 +151,8 @@ def in_chat(tokenizer: Any, text: str) -> str:
     """The text as a user's turn, and the opening of the answer. Models that think aloud are asked not to: they are
     given too few tokens for it."""
     turn = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+    silent = {"enable_thinking": False} if hasattr(tokenizer, "is_fast") else {}
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **silent))
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
