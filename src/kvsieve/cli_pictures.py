@@ -28,9 +28,12 @@ from .errors import DataError, KvsieveError
 __all__ = ["diff", "report", "visualize"]
 
 _METHODS = "sink_recent_uniform,streaming_llm,snapkv,h2o"
-_OPTIONS = ("sink_recent_uniform.sink_tokens=16", "sink_recent_uniform.recent_tokens=96")
+_OPTIONS = (
+    "sink_recent_uniform.sink_tokens=16",
+    "sink_recent_uniform.recent_tokens=96",
+    "sink_recent_uniform.block_size=16",
+)
 """Of the default methods: sinks and recent tokens that leave room for a middle within the default budget."""
-_BLOCK = "sink_recent_uniform.block_size=16"
 
 
 def visualize(
@@ -57,12 +60,12 @@ def visualize(
     from .report.terminal import make_console
     from .tasks.items import plain_item
     from .tasks.ruler_items import demo_items, read_text
-    from .tasks.run import perform
+    from .tasks.run import load_run, perform
 
     words = read_text(text) if text is not None else None
     given = list(option or [])
     if policy is None:
-        given = [*_OPTIONS, _BLOCK, *given]
+        given = [*_OPTIONS, *given]
     # tokens, and not a share of them, are kept at every step: a share would be cut once, when all has been read
     methods = make_contenders(policy or _METHODS, budget or "256", given, model)
     loaded, tokenizer = load(model, device, dtype)
@@ -89,7 +92,7 @@ def visualize(
     if moved is not None:
         console.print(f"earlier results moved to {moved}", markup=False)
     files, summary = write_results(folder)
-    for trace in load_traces(folder, run.describe()):
+    for trace in load_traces(folder, load_run(folder)[0]):
         console.print()
         console.print(strip(trace, width=min(console.width, 120) - 12))
     for one in summary["failures"]:

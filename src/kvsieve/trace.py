@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._rowlog import write_text
 from .errors import DataError
 
 if TYPE_CHECKING:
     from .cache import SieveCache
 
-__all__ = ["Recorder", "Trace"]
+__all__ = ["Recorder", "Trace", "held_by"]
 
 FORMAT = 1
 NEVER = 0
@@ -94,9 +95,8 @@ class Trace:
                 archive.writestr(zipfile.ZipInfo(f"{name}.npy"), one.getvalue(), zipfile.ZIP_DEFLATED)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_name(f".{path.name}.part")
-        half.write_bytes(content.getvalue())
-        return half.replace(path)
+        write_text(path, content.getvalue())
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -120,6 +120,18 @@ class Trace:
         return cls(left, seen, layers, about)
 
 
+def held_by(cache: SieveCache) -> NDArray[np.bool_]:
+    """`[L, Hkv, S]`: which of the `S` tokens seen each head of each managed layer holds now; of batch row 0."""
+    layers = []
+    for layer in cache.managed:
+        kept = cache.kept_positions(layer.core.layer_idx)[0].cpu().numpy()
+        table = np.zeros((kept.shape[0], layer.core.seen), dtype=bool)
+        for row, positions in zip(table, kept, strict=True):
+            row[positions[positions >= 0]] = True
+        layers.append(table)
+    return np.stack(layers)
+
+
 class Recorder:
     """Watches one cache: call `step` after every forward pass, then `trace`.
 
@@ -138,19 +150,12 @@ class Recorder:
         now = self._layers[0].seen
         if not now:
             return
-        heads = self._layers[0].store.heads
-        before = 0 if self._left is None else self._left.shape[-1]
-        grown = np.zeros((len(self._layers), heads, now), dtype=np.int32)
+        held = held_by(self.cache)
+        grown = np.zeros(held.shape, dtype=np.int32)
         if self._left is not None:
-            grown[..., :before] = self._left
-        for i, core in enumerate(self._layers):
-            kept = self.cache.kept_positions(core.layer_idx)[0].cpu().numpy()
-            for h in range(heads):
-                gone = np.ones(now, dtype=bool)
-                gone[kept[h][kept[h] >= 0]] = False
-                row = grown[i, h]
-                row[gone & (row == NEVER)] = now
-                row[~gone] = NEVER  # the last token may have been taken back and fed again
+            grown[..., : self._left.shape[-1]] = self._left
+        grown[~held & (grown == NEVER)] = now
+        grown[held] = NEVER  # the last token may have been taken back and fed again
         self._left = grown
         if self._seen[-1:] != [now]:
             self._seen.append(now)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from ..tasks.contenders import FULL
+
 __all__ = ["failures", "main_table", "run_about", "task_table"]
 
-_FULL = "full"
 _DASH = "\u2013"
 
 
@@ -106,14 +107,14 @@ def _table(caption: str, names: Sequence[str], lines: Sequence[tuple[str, str, l
     top = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in names)
     bodies: dict[bool, list[str]] = {True: [], False: []}
     for name, budget, cells in lines:
-        told = "full cache" if name == _FULL else str(name)
+        told = "full cache" if name == FULL else str(name)
         if budget and str(budget) not in told:
             told += f" {budget}"
         row = "".join(
             f'<td data-value="{"" if c.value is None else format(float(c.value), ".10g")}">{c.shown}</td>'
             for c in cells
         )
-        bodies[name == _FULL].append(f'<tr><th scope="row">{escape(told)}</th>{row}</tr>')
+        bodies[name == FULL].append(f'<tr><th scope="row">{escape(told)}</th>{row}</tr>')
     first = f'<tbody class="first">{"".join(bodies[True])}</tbody>' if bodies[True] else ""
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="sortable">'

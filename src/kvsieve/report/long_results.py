@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import TaskID
 
 from .._rowlog import jsonable, write_text
 from ..errors import DataError
@@ -19,7 +17,7 @@ from ..tasks.summary import summarise
 from ..trace import Trace
 from .long_page import report_page
 from .score_tables import HOW_TO_READ, score_table, scores_csv, scores_markdown
-from .terminal import make_bar
+from .terminal import MethodBar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,49 +30,21 @@ _SHOWN = 4
 """Traces on the page, unless there are more methods, which have one each; all of them stay in the folder."""
 
 
-class LongWatcher(Watcher):
-    """Draws progress; a context manager."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._bar = make_bar(console, 20)
-        self._task: TaskID | None = None
-        self._label = ""
-
-    def __enter__(self) -> LongWatcher:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+class LongWatcher(MethodBar, Watcher):
+    """Draws the progress of a run over long texts."""
 
     def begin(self, run: Run, total: int, finished: int) -> None:
         """Show what will be done."""
         tokens = sum(len(item.prompt) for item in run.items)
-        self.console.print(
+        about = (
             f"{len(run.contenders)} methods on {len(run.items)} samples ({tokens:,} tokens), model {run.model_name}, "
             f"{run.identity['dtype']} on {run.identity['device']}"
         )
-        if finished:
-            self.console.print(f"{finished} of {total} were finished before and are not done again")
-        self._task = self._bar.add_task("starting", total=total, completed=finished)
-
-    def started(self, label: str) -> None:
-        """Name the method at work."""
-        if label != self._label and not self.console.is_terminal:
-            self.console.print(f"{label} ...", markup=False)
-        self._label = label
-        if self._task is not None:
-            self._bar.update(self._task, description=label)
+        self.open(about, "", total, finished)
 
     def done(self, row: dict[str, Any]) -> None:
-        """Count a row; say at once when it failed."""
-        if self._task is not None:
-            self._bar.advance(self._task)
-        if row["status"] != "ok":
-            self.console.print(f"{row['method']} failed on {row['id']}: {row['error']}", style="red", markup=False)
+        """Count a row."""
+        self.count(row, row["id"])
 
 
 def write_results(

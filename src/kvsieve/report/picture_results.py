@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..tasks.contenders import FULL
 from .pictures import INK, PAPER, SOFT, empty_figure, make_figure, plain, shades
 from .plots import label_points
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["depth_by_length", "quality_against_bytes", "survival_by_layer"]
 
-_FULL = "full"
 _GAP = 1.6
 _COLOURS = {"none": "#000000", "ratio": "#0072B2"}
 
@@ -38,7 +38,7 @@ def quality_against_bytes(summary: dict[str, Any]) -> Figure:
     points = []
     places = _side_by_side([100 * one["bytes_held"] / one["bytes_full"] for one in shown])
     for one, x in zip(shown, places, strict=True):
-        kind, y = "none" if one["method"] == _FULL else "ratio", float(one["score"])
+        kind, y = "none" if one["method"] == FULL else "ratio", float(one["score"])
         points.append((x, y, str(one["method"]), kind))
         if one["interval"]:
             low, high = one["interval"]
@@ -118,7 +118,7 @@ def depth_by_length(
         scores, survival = _grid(rows, names[i], lengths, depths)
         axes.imshow(np.ma.masked_invalid(scores), cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="none")
         _cells(axes, scores, survival, roomy)
-        axes.set_title("full cache" if names[i] == _FULL else names[i], fontsize=9, color=INK)
+        axes.set_title("full cache" if names[i] == FULL else names[i], fontsize=9, color=INK)
         axes.set_xticks(range(len(lengths)), [f"{one:,}" for one in lengths])
         axes.set_yticks(range(len(depths)), [f"{one:.0%}" for one in depths])
         axes.tick_params(length=0)
@@ -161,7 +161,7 @@ def survival_by_layer(summary: dict[str, Any]) -> Figure:
             share = shares[y, x]
             text = f"{100 * share:.0f}"
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color="#FFFFFF" if share > 0.85 else "#1B2025")
-    axes.set_yticks(range(methods), ["full cache" if name == _FULL else name for name in names])
+    axes.set_yticks(range(methods), ["full cache" if name == FULL else name for name in names])
     step = -(-layers // 24)
     axes.set_xticks(range(0, layers, step), [str(i) for i in range(0, layers, step)])
     axes.tick_params(length=0)

@@ -7,13 +7,13 @@ is doubled by a dash, a mark or a word.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._rowlog import write_text
 from ..errors import DataError, KvsieveError
 from ..trace import Trace
 from .picture_data import answers_held, binned, held_over_time, layer_shares, lifetimes, moment, question, ranges, title
@@ -191,9 +191,8 @@ def save(figure: Figure, path: str | Path) -> Path:
         raise DataError(f"pictures are drawn as .svg or .png, not as {path.name}")
     content = to_svg(figure).encode() if kind == ".svg" else to_png(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}.part")
-    half.write_bytes(content)
-    return half.replace(path)
+    write_text(path, content)
+    return path
 
 
 def make_figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -23,11 +23,13 @@ from .tables import HOW_TO_READ, terminal_table
 if TYPE_CHECKING:
     from .._compare.plan import Plan
 
-__all__ = ["TerminalWatcher", "make_bar", "make_console", "print_summary"]
+__all__ = ["MethodBar", "TerminalWatcher", "make_bar", "make_console", "print_summary"]
+
+_Bar = TypeVar("_Bar", bound="MethodBar")
 
 
-class TerminalWatcher(Watcher):
-    """Draws progress; a context manager."""
+class MethodBar:
+    """A progress bar that names the method at work (in a log: a line for each); a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -35,7 +37,7 @@ class TerminalWatcher(Watcher):
         self._task: TaskID | None = None
         self._method = ""
 
-    def __enter__(self) -> TerminalWatcher:
+    def __enter__(self: _Bar) -> _Bar:
         self._bar.start()
         return self
 
@@ -44,31 +46,44 @@ class TerminalWatcher(Watcher):
     ) -> None:
         self._bar.stop()
 
-    def begin(self, plan: Plan, total: int, finished: int) -> None:
-        """Show what will be done."""
-        tokens = sum(sample.tokens.numel() for sample in plan.samples)
-        self.console.print(
-            f"{len(plan.methods)} methods on {len(plan.samples)} texts ({tokens:,} tokens), model "
-            f"{plan.settings.model_name}, {plan.identity['dtype']} on {plan.identity['device']}"
-        )
+    def open(self, about: str, what: str, total: int, finished: int) -> None:
+        """Show what will be done; `what`: the pieces of work, as in "6 of 12 cells"."""
+        self.console.print(about)
         if finished:
-            self.console.print(f"{finished} of {total} cells were finished before and are not done again")
+            self.console.print(f"{finished} of {total}{what} were finished before and are not done again")
         self._task = self._bar.add_task("starting", total=total, completed=finished)
 
     def started(self, method: str) -> None:
         """Name the method at work."""
         if method != self._method and not self.console.is_terminal:
-            self.console.print(f"{method} ...")
+            self.console.print(f"{method} ...", markup=False)
         self._method = method
         if self._task is not None:
             self._bar.update(self._task, description=method)
 
-    def done(self, row: dict[str, Any]) -> None:
-        """Count a cell; say at once when it failed."""
+    def count(self, row: dict[str, Any], name: str) -> None:
+        """Count a row; say at once when it failed."""
         if self._task is not None:
             self._bar.advance(self._task)
         if row["status"] != "ok":
-            self.console.print(f"{row['method']} failed on {row['sample']}: {row['error']}", style="red", markup=False)
+            self.console.print(f"{row['method']} failed on {name}: {row['error']}", style="red", markup=False)
+
+
+class TerminalWatcher(MethodBar, Watcher):
+    """Draws the progress of a comparison."""
+
+    def begin(self, plan: Plan, total: int, finished: int) -> None:
+        """Show what will be done."""
+        tokens = sum(sample.tokens.numel() for sample in plan.samples)
+        about = (
+            f"{len(plan.methods)} methods on {len(plan.samples)} texts ({tokens:,} tokens), model "
+            f"{plan.settings.model_name}, {plan.identity['dtype']} on {plan.identity['device']}"
+        )
+        self.open(about, " cells", total, finished)
+
+    def done(self, row: dict[str, Any]) -> None:
+        """Count a cell."""
+        self.count(row, row["sample"])
 
 
 def make_bar(console: Console, width: int) -> Progress:

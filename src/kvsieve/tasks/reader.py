@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..cache import SieveCache
 from ..errors import DataError, PolicyError, ScoreError
-from ..trace import Recorder, Trace
+from ..trace import Recorder, Trace, held_by
 from ..triggers import OnRequest
 from .items import Item, Span
 
@@ -127,7 +127,7 @@ def answer(
         feed(chunk)
     logits = feed(rest[-1:])
     report, asked = cache.report(), len(prompt)
-    held = _held(cache, asked)
+    held = held_by(cache)
     generated = _generate(model, tokenizer, item, logits, feed)
     text = tokenizer.decode(generated, skip_special_tokens=True)
     found = survival(held, item.answers, item.every) if item.answers else None
@@ -163,17 +163,6 @@ def survival(held: NDArray[np.bool_], answers: Sequence[Span], every: bool) -> S
         tables.append(np.logical_or.reduce(places).mean(-1))
     by_layer = np.mean(tables, axis=0) if every else tables[int(np.argmax([table.mean() for table in tables]))]
     return Survival(float(by_layer.mean()), tuple(float(share) for share in by_layer))
-
-
-def _held(cache: SieveCache, seen: int) -> NDArray[np.bool_]:
-    layers = []
-    for layer in cache.managed:
-        kept = cache.kept_positions(layer.core.layer_idx)[0].cpu().numpy()
-        table = np.zeros((kept.shape[0], seen), dtype=bool)
-        for row, positions in zip(table, kept, strict=True):
-            row[positions[positions >= 0]] = True
-        layers.append(table)
-    return np.stack(layers)
 
 
 def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

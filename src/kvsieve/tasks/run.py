@@ -219,13 +219,17 @@ def perform(run: Run, folder: Path, *, resume: bool = False, watcher: Watcher | 
         KvsieveError: another process works in this folder, or it cannot be written.
     """
     watcher = watcher or Watcher()
-    recorded = run.recorded()
+    recorded, plan = run.recorded(), run.describe()
     with RowLog(folder / ROWS, resume, OTHERS) as log:
         if resume and (folder / RUN).is_file():
-            _check_same(read_json(folder / RUN), run, folder)
-        write_text(folder / RUN, json.dumps(jsonable(run.describe()), indent=1) + "\n")
+            _check_same(read_json(folder / RUN), plan, folder)
+        write_text(folder / RUN, json.dumps(jsonable(plan), indent=1) + "\n")
         rows = read_rows([folder / ROWS])
-        work = [(one, item, run.key(one, item)) for one in run.contenders for item in run.items]
+        work = [
+            (one, item, key)
+            for one, keys in zip(run.contenders, plan["keys"], strict=True)
+            for item, key in zip(run.items, keys, strict=True)
+        ]
         todo = [piece for piece in work if rows.get(piece[2], {}).get("status") != "ok"]
         watcher.begin(run, len(work), len(work) - len(todo))
         with (folder / TIMES).open("a", encoding="utf-8") as times:
@@ -331,9 +335,9 @@ def _fingerprint(contender: Contender) -> str:
 _SAME = ("model", "weights_fingerprint", "dtype", "seed", "mode", "chunk_size", "positions", "profile")
 
 
-def _check_same(plan: Any, run: Run, folder: Path) -> None:
+def _check_same(stored: Any, plan: dict[str, Any], folder: Path) -> None:
     """More methods and more samples can be added to a run; other settings make another one of it."""
-    before, now = plan.get("run", {}) if isinstance(plan, dict) else {}, run.describe()["run"]
+    before, now = stored.get("run", {}) if isinstance(stored, dict) else {}, plan["run"]
     for name in _SAME:
         if before.get(name) != now.get(name):
             raise DataError(
