@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,12 @@ class Peer:
 
     def _start(self) -> dict[str, Any]:
         self._worker = self._launch({})
-        return _exchange(self._worker, {"do": "hello", "threads": self.threads, "clock": self.clock.kind})
+        try:
+            return _exchange(self._worker, {"do": "hello", "threads": self.threads, "clock": self.clock.kind})
+        except PeerError:
+            _end(self._worker)
+            self._worker = None
+            raise
 
     def _launch(self, extra: dict[str, str]) -> subprocess.Popen[str]:
         environment = os.environ | extra | {"PYTHONPATH": str(HERE.parent)}
@@ -147,7 +153,8 @@ def _exchange(worker: subprocess.Popen[str], request: dict[str, Any]) -> dict[st
 def _end(worker: subprocess.Popen[str]) -> None:
     for stream in (worker.stdin, worker.stdout):
         if stream is not None:
-            stream.close()
+            with suppress(BrokenPipeError):  # what a process that has ended did not read; closed all the same
+                stream.close()
     try:
         worker.wait(timeout=10)
     except subprocess.TimeoutExpired:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from engine import imports, models
 from engine.bench import PeerPair, with_peer
-from engine.peer import Peer, PeerError
+from engine.peer import Peer, PeerError, PeerGoneError, _end, _exchange
 
 STAND_IN = """
 import json, sys
@@ -99,6 +100,18 @@ def test_a_worker_that_cannot_start_is_a_reason(folder: Path) -> None:
     assert not peer
     assert "status 4" in peer.reason
     peer.close()
+
+
+def test_a_worker_that_read_nothing_is_ended() -> None:
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "raise SystemExit(4)"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    worker.wait()  # so that the request meets a closed pipe every time
+    with pytest.raises(PeerGoneError, match="status 4 at 'hello'"):
+        _exchange(worker, {"do": "hello"})
+    _end(worker)
+    assert worker.stdin is not None
+    assert worker.stdin.closed
 
 
 def test_an_import_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
