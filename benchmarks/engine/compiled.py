@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvsieve.cache import SieveLayer
+from kvsieve.cache_layer import SieveLayer
 
 from .bench import Bench
 from .lines import Line

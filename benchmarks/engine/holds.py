@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from kvsieve import Policy, SieveCache, get_policy, list_methods
 from kvsieve.ledger import VALUE
-from kvsieve.store import DenseStore, RaggedStore
+from kvsieve.ragged import RaggedStore
+from kvsieve.store import DenseStore
 
 from .bench import Bench
 from .decode import peer_surrogate

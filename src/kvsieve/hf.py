@@ -27,7 +27,7 @@ from .errors import UnsupportedModelError, UnsupportedOperationError
 from .view import Visibility
 
 if TYPE_CHECKING:
-    from .cache import SieveLayer
+    from .cache_layer import SieveLayer
 
 __all__ = [
     "MaskSpec",

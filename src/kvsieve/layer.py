@@ -8,20 +8,20 @@ Shapes: `B` batch, `H` query heads, `Hkv` key-value heads, `N` stored tokens, `T
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import placement, ragged_attention
 from .attention import Visible, attend, attend_and_count, attention_mass
 from .errors import UnsupportedOperationError
 from .joint import LayerGroup
 from .ledger import KEY, KIND, PLACE, POSITION, SEGMENT, VALUE, Kind
 from .policy import Policy
+from .ragged import RaggedStore
 from .rope import Rotary
-from .store import DenseStore, RaggedStore, Store
+from .store import DenseStore, Store
 from .triggers import OnRequest
 from .view import LayerView, Visibility
 
@@ -36,17 +36,6 @@ class _Forward:
     visibility: Visibility
     hidden: Tensor | None
     collected: tuple[str, Tensor] | None
-
-
-class _Head(NamedTuple):
-    """One head of a ragged store: its batch row, its query heads, its span in the flat buffer."""
-
-    b: int
-    h: int
-    rows: slice
-    span: slice
-    visible: Visible | None
-    sinks: Tensor | None
 
 
 class KVLayer:
@@ -193,14 +182,11 @@ class KVLayer:
                 queries, keys, values, visible=visible, causal_offset=offset,
                 scale=self.scale, softcap=self.softcap, sinks=self.sinks,
             )  # fmt: skip
-        values = self.store.columns[VALUE]
-        out = queries.new_zeros(*queries.shape[:3], values.shape[-1])
-        for head in self._heads(queries.shape[1], visible):
-            out[head.b, head.rows] = attend(
-                queries[head.b, head.rows][None], keys[None, None, head.span], values[None, None, head.span],
-                visible=head.visible, scale=self.scale, softcap=self.softcap, sinks=head.sinks,
-            )[0]  # fmt: skip
-        return out
+        assert isinstance(self.store, RaggedStore)
+        return ragged_attention.attend(
+            self.store, queries, keys, self.store.columns[VALUE], visible=visible,
+            scale=self.scale, softcap=self.softcap, sinks=self.sinks,
+        )  # fmt: skip
 
     def observe(
         self, queries: Tensor | None, visibility: Visibility, hidden: Tensor | None = None, hold: bool = False
@@ -261,17 +247,8 @@ class KVLayer:
         moved, self.next_place = length - self.next_place, length
         if not self.seen:
             return
-        live, target = self.store.live, length - 1 - self._newer_held()
-        shift = (target - self.store.read(PLACE)).masked_fill(~live, 0)
-        if not moved and not bool(shift.any()):
+        if not placement.towards_oldest(self.store, self.rope, length) and not moved:
             return
-        keys = self._shifted(shift)
-        if isinstance(self.store, DenseStore):
-            self.store.columns[KEY][:, :, : self.store.longest] = keys
-            self.store.columns[PLACE][:, :, : self.store.longest] = target
-        else:
-            self.store.columns[KEY] = keys
-            self.store.columns[PLACE] = self._flat(target, live).to(torch.int32)
         if "queries" in self.state:  # the latest ones, which lie where the latest keys do
             queries = self.state["queries"]
             shift = torch.full(queries.shape[:3], moved, device=queries.device)
@@ -337,48 +314,9 @@ class KVLayer:
 
     def attended_keys(self) -> Tensor:
         """Keys as attention sees them: `[B, Hkv, N, D]` of a dense store, `[total, D]` of a ragged one."""
-        dense = isinstance(self.store, DenseStore)
-        if self.positions != "slot" or self.rope is None or not self.evictions:
-            return self.store.read(KEY) if dense else self.store.columns[KEY]
-        return self._shifted(self._shifts())
-
-    def _shifted(self, shift: Tensor) -> Tensor:
-        """Keys rotated on by `shift` `[B, Hkv, N]`, laid out as in `attended_keys`."""
-        assert self.rope is not None
-        if isinstance(self.store, DenseStore):
-            return self.rope.shift(self.store.read(KEY), shift)
-        flat = self._flat(shift, self.store.live)
-        return self.rope.shift(self.store.columns[KEY][None, None], flat[None, None])[0, 0]
-
-    def _flat(self, values: Tensor, live: Tensor) -> Tensor:
-        """`[B, Hkv, N]` -> `[total]`, as a ragged store lays its tokens out."""
-        assert isinstance(self.store, RaggedStore)
-        index, _ = self.store._padded()
-        flat = values.new_zeros(self.store.columns[KEY].shape[0])
-        flat[index[live]] = values[live]
-        return flat
-
-    def _shifts(self) -> Tensor:
-        """`[B, Hkv, N]`: how many evicted tokens are newer than each held token; gaps close towards the newest."""
-        positions = self.store.read(POSITION).long()
-        return ((self.seen - 1 - positions) - self._newer_held()).masked_fill(~self.store.live, 0)
-
-    def _newer_held(self) -> Tensor:
-        """`[B, Hkv, N]`: how many of the tokens that a head holds are newer than each of them. Slots without a token
-        count as the oldest."""
-        positions = self.store.read(POSITION)
-        return positions.shape[-1] - 1 - positions.argsort(-1).argsort(-1)
-
-    def _heads(self, query_heads: int, visible: Visible | None) -> Iterator[_Head]:
-        """Every head of a ragged store, with what its part of the attention needs."""
-        assert isinstance(self.store, RaggedStore)
-        heads = self.store.heads
-        group = query_heads // heads
-        for i, (start, end) in enumerate(self.store.segments()):
-            b, h = divmod(i, heads)
-            rows = slice(h * group, (h + 1) * group)
-            sinks = None if self.sinks is None else self.sinks[rows]
-            yield _Head(b, h, rows, slice(start, end), _of_head(visible, b, h, end - start), sinks)
+        if self.positions == "slot" and self.rope is not None and self.evictions:
+            return placement.towards_newest(self.store, self.rope, self.seen)
+        return self.store.read(KEY) if isinstance(self.store, DenseStore) else self.store.columns[KEY]
 
     def attention_mass(self, view: LayerView, queries: Tensor, weights: Tensor | None, reduce: str) -> Tensor:
         """See `LayerView.attention_mass`."""
@@ -395,17 +333,11 @@ class KVLayer:
                 queries, keys, weights, reduce, visible=visible, causal_offset=offset,
                 scale=self.scale, softcap=self.softcap, sinks=self.sinks,
             )  # fmt: skip
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        mass = torch.zeros(*self.store.live.shape, dtype=dtype, device=queries.device)
-        if weights is not None:
-            weights = weights.expand(*queries.shape[:3])
-        for head in self._heads(queries.shape[1], visible):
-            mass[head.b, head.h, : head.span.stop - head.span.start] = attention_mass(
-                queries[head.b, head.rows][None], keys[None, None, head.span],
-                None if weights is None else weights[head.b, head.rows][None], reduce,
-                visible=head.visible, scale=self.scale, softcap=self.softcap, sinks=head.sinks,
-            )[0, 0]  # fmt: skip
-        return mass
+        assert isinstance(self.store, RaggedStore)
+        return ragged_attention.attention_mass(
+            self.store, queries, keys, weights, reduce, visible=visible,
+            scale=self.scale, softcap=self.softcap, sinks=self.sinks,
+        )  # fmt: skip
 
     # ---- changes to the batch and to the past
 
@@ -473,11 +405,3 @@ class KVLayer:
 def _per_head(values: Tensor, b: int, h: int, t: int) -> Tensor:
     """`[T]` or `[B, T]` -> `[B, Hkv, T]`."""
     return (values[None] if values.dim() == 1 else values)[:, None].expand(b, h, t)
-
-
-def _of_head(visible: Visible | None, b: int, h: int, n: int) -> Visible | None:
-    """The visibility of one head, cut to its own length."""
-    if visible is None:
-        return None
-    inner = visible
-    return lambda s, e: inner(s, e)[b : b + 1, h : h + 1, :, :n]

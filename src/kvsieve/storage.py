@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .errors import DataError, UnsupportedOperationError
 from .policy import Policy
-from .store import DenseStore, RaggedStore
+from .ragged import RaggedStore
+from .store import DenseStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

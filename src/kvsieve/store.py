@@ -1,10 +1,10 @@
 """Where the tensors of one layer live: named columns that are appended and kept together.
 
-Two layouts share one interface. `DenseStore` holds the same number of tokens in every head, `[B, Hkv, cap, ...]`.
-`RaggedStore` gives every head a segment of its own in one flat buffer, so that heads of different length hold
-exactly what they keep. Neither copies the cache when a token is appended or when one token per head is dropped:
-appending writes into spare capacity, and dropping one token moves the last token into its slot (attention does
-not care about order when keys carry their rotation, and every token carries its position).
+Two layouts share one interface, `Store`. `DenseStore` holds the same number of tokens in every head,
+`[B, Hkv, cap, ...]`; `RaggedStore` (in `ragged.py`) gives every head a segment of its own. Neither copies the cache
+when a token is appended or when one token per head is dropped: appending writes into spare capacity, and dropping one
+token moves the last token into its slot (attention does not care about order when keys carry their rotation, and every
+token carries its position).
 
 Shapes: `B` batch, `Hkv` key-value heads, `N` stored tokens of the longest head, `T` new tokens.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .ledger import KEY, VALUE, spec_of
 
-__all__ = ["DenseStore", "RaggedStore", "Store"]
+__all__ = ["Columns", "DenseStore", "Store", "fresh", "spare"]
 
 Columns = dict[str, Tensor]
 
@@ -26,7 +26,7 @@ Columns = dict[str, Tensor]
 SPARE_SHARE, MIN_SPARE = 32, 8
 
 
-def _spare(need: int, share: int = SPARE_SHARE) -> int:
+def spare(need: int, share: int = SPARE_SHARE) -> int:
     """Capacity beyond `need`: about three per cent, so that copies on growth are rare and bytes stay honest."""
     return max(need // share, MIN_SPARE)
 
@@ -111,7 +111,7 @@ class Store:
             self.columns[name] = torch.full(reference.shape[:-1], spec.fill, dtype=dtype, device=reference.device)
 
 
-def _fresh(old: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+def fresh(old: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     """An uninitialised (keys, values) or default-filled (ledger) buffer like `old` with leading `shape`."""
     if name in (KEY, VALUE):
         return old.new_empty(*shape, old.shape[-1])
@@ -155,8 +155,8 @@ class DenseStore(Store):
         if need > self.capacity:
             capacity = need
             if self.n:
-                spare = need + _spare(need, self.spare_share)
-                capacity = max(need, min(spare, limit)) if limit is not None else spare
+                roomy = need + spare(need, self.spare_share)
+                capacity = max(need, min(roomy, limit)) if limit is not None else roomy
             self._resize(capacity, new)
         for name in new:
             self.ensure(name)
@@ -171,7 +171,7 @@ class DenseStore(Store):
         shape = (self.batch, self.heads, capacity)
         source = self.columns or like
         for name, old in source.items():
-            buffer = _fresh(old, shape, name)
+            buffer = fresh(old, shape, name)
             if self.columns and self.n:
                 buffer[:, :, : self.n] = old[:, :, : self.n]
             self.columns[name] = buffer
@@ -191,6 +191,8 @@ class DenseStore(Store):
         counts = mask.sum(-1)
         kept = int(counts.max())
         if int(counts.min()) != kept:
+            from .ragged import RaggedStore  # either layout turns into the other
+
             return RaggedStore.from_dense(self, mask)
         if kept == self.n:
             return self
@@ -209,7 +211,7 @@ class DenseStore(Store):
         for name, buffer in self.columns.items():
             kept_rows = buffer.flatten(0, 2).index_select(0, rows).unflatten(0, (self.batch, self.heads, kept))
             if room is not None:
-                roomy = _fresh(buffer, (self.batch, self.heads, kept + room), name)
+                roomy = fresh(buffer, (self.batch, self.heads, kept + room), name)
                 roomy[:, :, :kept] = kept_rows
                 kept_rows = roomy
             self.columns[name] = kept_rows
@@ -249,171 +251,3 @@ class DenseStore(Store):
         self.columns = {name: buffer.index_select(0, rows) for name, buffer in self.columns.items()}
         self.batch = rows.numel()
         return self
-
-
-class RaggedStore(Store):
-    """Every head has its own segment `[offset, offset + length)` of a flat buffer, with spare room behind it."""
-
-    ordered = False
-
-    def __init__(self, batch: int, heads: int, columns: Columns, lengths: Tensor) -> None:
-        """`columns`: `[total, ...]` packed head after head; `lengths`: `[B, Hkv]` tokens per head."""
-        self.batch, self.heads = batch, heads
-        self.columns = columns
-        self._lengths = lengths.reshape(-1).cpu()
-        self._capacities = self._lengths.clone()
-        self._offsets = self._lengths.cumsum(0) - self._lengths
-        self.new = 0
-        self._table: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def from_dense(cls, dense: DenseStore, mask: Tensor) -> RaggedStore:
-        """Pack what `mask` `[B, Hkv, N]` keeps of a dense store, in order of position."""
-        rows = mask.flatten(0, 1)
-        if dense.ordered:
-            where = rows.nonzero(as_tuple=True)
-        else:
-            order = dense.read("position").flatten(0, 1).argsort(-1)
-            head, rank = rows.gather(1, order).nonzero(as_tuple=True)
-            where = head, order[head, rank]
-        columns = {name: buffer.flatten(0, 1)[where] for name, buffer in dense.columns.items()}
-        return cls(dense.batch, dense.heads, columns, mask.sum(-1))
-
-    @property
-    def lengths(self) -> Tensor:
-        return self._lengths.view(self.batch, self.heads)
-
-    @property
-    def longest(self) -> int:
-        return int(self._lengths.max())
-
-    @property
-    def tokens(self) -> int:
-        return int(self._lengths.sum())
-
-    def segments(self) -> list[tuple[int, int]]:
-        """`(start, end)` of every head's live tokens in the flat buffer, batch-major."""
-        ends = self._offsets + self._lengths
-        return list(zip(self._offsets.tolist(), ends.tolist(), strict=True))
-
-    def _padded(self) -> tuple[Tensor, Tensor]:
-        """`[B, Hkv, N]` flat index of every slot (dead slots point at the head's start), and the live mask."""
-        if self._table is None:
-            device = self.columns[KEY].device
-            step = torch.arange(self.longest)
-            live = step < self._lengths[:, None]
-            index = self._offsets[:, None] + step * live
-            index.clamp_(max=max(self.columns[KEY].shape[0] - 1, 0))
-            shape = (self.batch, self.heads, -1)
-            self._table = index.view(shape).to(device), live.view(shape).to(device)
-        return self._table
-
-    @property
-    def live(self) -> Tensor:
-        return self._padded()[1]
-
-    def read(self, name: str) -> Tensor:
-        index, live = self._padded()
-        buffer = self.columns[name]
-        out = buffer[index]
-        if name in (KEY, VALUE):
-            return out
-        return out.masked_fill_(~live, spec_of(name).fill)
-
-    def _new_index(self) -> Tensor:
-        """`[B, Hkv, T]` flat index of the tokens appended last."""
-        first = (self._offsets + self._lengths - self.new).view(self.batch, self.heads, 1)
-        return (first + torch.arange(self.new)).to(self.columns[KEY].device)
-
-    def append(self, new: Columns, limit: int | None = None) -> None:
-        t = new[KEY].shape[2]
-        for name in new:
-            self.ensure(name)
-        if bool((self._lengths + t > self._capacities).any()):
-            total = int(self._lengths.sum()) + t * self._lengths.numel()
-            need = self._lengths + t
-            roomy = need + max(_spare(total) // need.numel(), MIN_SPARE // 2)
-            self._relayout(roomy if limit is None else torch.maximum(need, roomy.clamp_max(limit)))
-        self._lengths = self._lengths + t
-        self.new, self._table = t, None
-        where = self._new_index()
-        for name, buffer in self.columns.items():
-            if name in new:
-                buffer[where] = new[name].to(buffer.dtype)
-            else:
-                buffer[where] = spec_of(name).fill
-
-    def write_new(self, name: str, values: Tensor) -> None:
-        self.ensure(name)
-        self.columns[name][self._new_index()] = values.to(self.columns[name].dtype)
-
-    def add(self, name: str, values: Tensor) -> None:
-        self.ensure(name)
-        index, live = self._padded()
-        self.columns[name][index[live]] += values[live]
-
-    def _relayout(self, capacities: Tensor) -> None:
-        """Move every segment into a buffer where it has this capacity."""
-        index, live = self._padded()
-        offsets = capacities.cumsum(0) - capacities
-        step = torch.arange(index.shape[-1])
-        target = (offsets[:, None] + step).view(index.shape).to(index.device)
-        for name, old in self.columns.items():
-            buffer = _fresh(old, (int(capacities.sum()),), name)
-            buffer[target[live]] = old[index[live]]
-            self.columns[name] = buffer
-        self._offsets, self._capacities, self._table = offsets, capacities, None
-
-    def keep(self, mask: Tensor, uniform: bool = False, room: int | None = None) -> Store:
-        counts = mask.sum(-1).reshape(-1).cpu()
-        drops = self._lengths - counts
-        if uniform and int(counts.min()) == int(counts.max()):
-            return self._gather(mask, counts)
-        if int(drops.max()) == 0:
-            return self
-        if int(drops.max()) == 1 and int(counts.min()) > 0 and not self._wasteful(counts):
-            self._drop_one(mask, drops)
-            return self
-        return self._gather(mask, counts)
-
-    def _wasteful(self, counts: Tensor) -> bool:
-        """Whether the buffer would be mostly spare room after dropping to `counts`."""
-        total = int(counts.sum())
-        return int(self._capacities.sum()) > total + 2 * max(_spare(total), 8 * counts.numel())
-
-    def _drop_one(self, mask: Tensor, drops: Tensor) -> None:
-        device = self.columns[KEY].device
-        index, live = self._padded()
-        losing = drops > 0
-        last = (self._offsets + self._lengths - 1)[losing].to(device)
-        slot = (mask | ~live).to(torch.uint8).argmin(-1, keepdim=True)
-        victim = index.gather(-1, slot).reshape(-1)[losing.to(device)]
-        for buffer in self.columns.values():
-            buffer[victim] = buffer[last]
-        self._lengths = self._lengths - drops
-        self.new, self._table = 0, None
-
-    def pack(self) -> None:
-        self._relayout(self._lengths.clone())
-
-    def _gather(self, mask: Tensor, counts: Tensor) -> Store:
-        """Pack what stays; back to the dense layout when all heads are equally long again."""
-        index, _ = self._padded()
-        position = self.read("position").masked_fill(~mask, torch.iinfo(torch.int32).max)
-        order = position.argsort(-1)
-        where = index.gather(-1, order)[mask.gather(-1, order)]
-        columns = {name: buffer[where] for name, buffer in self.columns.items()}
-        n = int(counts.max())
-        if n == 0 or int(counts.min()) != n:
-            return RaggedStore(self.batch, self.heads, columns, counts.view(self.batch, self.heads))
-        dense = DenseStore(self.batch, self.heads)
-        dense.columns = {k: v.view(self.batch, self.heads, n, *v.shape[1:]) for k, v in columns.items()}
-        dense.n = n
-        return dense
-
-    def map_rows(self, rows: Tensor) -> Store:
-        rows = rows.to(self.columns[KEY].device)
-        index, live = self._padded()
-        keep = live[rows]
-        columns = {name: buffer[index[rows][keep]] for name, buffer in self.columns.items()}
-        return RaggedStore(rows.numel(), self.heads, columns, self.lengths[rows.cpu()])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsieve.ledger import KEY, POSITION, VALUE
-from kvsieve.store import DenseStore, RaggedStore, Store
+from kvsieve.ragged import RaggedStore
+from kvsieve.store import DenseStore, Store
 
 
 def tokens(b: int, h: int, first: int, t: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import hf
-from ..cache import SieveLayer
+from ..cache_layer import SieveLayer
 from ..errors import UnsupportedModelError
 from ..layer import KVLayer
 from ..view import Visibility

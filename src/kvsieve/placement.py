@@ -1,0 +1,54 @@
+"""Closing the gaps that evicted tokens leave, by rotating the keys that stay.
+
+Shapes: `B` batch, `Hkv` key-value heads, `N` stored tokens of the longest head, `D` head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ledger import KEY, PLACE, POSITION
+from .ragged import RaggedStore
+from .rope import Rotary
+from .store import DenseStore, Store
+
+__all__ = ["towards_newest", "towards_oldest"]
+
+
+def towards_newest(store: Store, rope: Rotary, seen: int) -> Tensor:
+    """Keys as they would lie without gaps behind them, the newest of `seen` tokens where it came; the stored ones stay
+    as they are. `[B, Hkv, N, D]` of a dense store, `[total, D]` of a ragged one."""
+    behind = seen - 1 - store.read(POSITION).long()
+    return _rotated(store, rope, (behind - _newer_held(store)).masked_fill(~store.live, 0))
+
+
+def towards_oldest(store: Store, rope: Rotary, length: int) -> bool:
+    """Rotate the stored keys to the places up to `length`, without gaps; heads that hold less begin later. Returns
+    whether any of them moved."""
+    live, target = store.live, length - 1 - _newer_held(store)
+    shift = (target - store.read(PLACE)).masked_fill(~live, 0)
+    if not bool(shift.any()):
+        return False
+    keys = _rotated(store, rope, shift)
+    if isinstance(store, RaggedStore):
+        store.columns[KEY], store.columns[PLACE] = keys, store.flat(target).to(torch.int32)
+    else:
+        store.columns[KEY][:, :, : store.longest] = keys
+        store.columns[PLACE][:, :, : store.longest] = target
+    return True
+
+
+def _newer_held(store: Store) -> Tensor:
+    """`[B, Hkv, N]`: how many of the tokens that a head holds are newer than each of them. Slots without a token count
+    as the oldest."""
+    positions = store.read(POSITION)
+    return positions.shape[-1] - 1 - positions.argsort(-1).argsort(-1)
+
+
+def _rotated(store: Store, rope: Rotary, shift: Tensor) -> Tensor:
+    """Keys rotated on by `shift` `[B, Hkv, N]`, as the store lays them out."""
+    if isinstance(store, DenseStore):
+        return rope.shift(store.read(KEY), shift)
+    assert isinstance(store, RaggedStore)
+    return rope.shift(store.columns[KEY][None, None], store.flat(shift)[None, None])[0, 0]
