@@ -73,7 +73,6 @@ def overhead(name: str) -> dict[str, Any]:
             seconds[key].append(time.perf_counter() - start)
         for core, n, seen in kept:  # the plain cache goes back to K tokens
             core.store.n, core.seen = n, seen
-            core.real_seen = torch.full_like(core.real_seen, seen)
         plain.memory.frames = before["frames"]
     ratios = [e / p for e, p in zip(seconds["evict3r"], seconds["plain"], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)

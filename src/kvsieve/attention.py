@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import kernels
+
 __all__ = [
     "BLOCK_BYTES",
     "FEW_ROWS",
+    "ByPosition",
     "attend",
     "attend_and_count",
     "attend_few",
@@ -39,11 +43,35 @@ TILE = 4096
 MANY_LOGITS = 1 << 18
 """Logits of a head from which a processor works faster head by head."""
 
-HEAD_LOGITS = 1 << 20
-"""Logits of a block where heads are worked on one by one: 4 MiB in single precision."""
+HEAD_LOGITS = 1 << 21
+"""Logits of a block where heads are worked on one by one: 8 MiB in single precision."""
+
+HEAD_KEYS = 2048
+"""Keys of one product where heads are worked on one by one; longer ones run at half the speed on a processor."""
 
 Visible = Callable[[int, int], Tensor]
 """`visible(start, end)` -> bool `[B|1, Hkv|1, end - start, N]`: which keys these query rows may see."""
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """`Visible` of causal attention over keys in any order: each query sees the keys whose position is not above its
+    own.
+
+    Attributes:
+        start: position of the first query; the others follow.
+        positions: `[B, Hkv, N]` of the keys.
+        live: `[B, Hkv, N]` bool, where there is a key; everywhere by default.
+    """
+
+    start: int
+    positions: Tensor
+    live: Tensor | None = None
+
+    def __call__(self, start: int, end: int) -> Tensor:
+        own = torch.arange(self.start + start, self.start + end, device=self.positions.device)
+        seen = self.positions[:, :, None] <= own[:, None]
+        return seen if self.live is None else seen & self.live[:, :, None]
 
 
 def attention_mass(
@@ -76,6 +104,15 @@ def attention_mass(
     Returns:
         `[B, Hkv, N]` float32 (float64 for float64 queries).
     """
+    placed = isinstance(visible, ByPosition) and visible.live is None
+    if (placed or visible is None) and kernels.available(q, k):
+        from .kernels.attention_mass import attention_mass as fused
+
+        at = visible.positions if isinstance(visible, ByPosition) else None
+        offset = visible.start if isinstance(visible, ByPosition) else causal_offset
+        return fused(
+            q, k, weights, reduce, lse, causal_offset=offset, scale=scale, softcap=softcap, sinks=sinks, positions=at
+        )
     b, hkv, n = k.shape[:3]
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     plain = visible is None and softcap is None and sinks is None and lse is None
@@ -92,14 +129,21 @@ def attention_mass(
 
 def _count(mass: Tensor, p: Tensor, reduce: str) -> None:
     """Take the probabilities `p` `[B, Hkv, G, rows, N]` of a block into `mass` `[B, Hkv, N]`."""
-    if reduce == "sum":
-        mass += p.sum((2, 3))
-    elif reduce == "square":
-        mass += p.square().sum((2, 3))
-    elif reduce == "max":
-        torch.maximum(mass, p.amax((2, 3)), out=mass)
+    if reduce == "max":
+        torch.maximum(mass, _reduced(p, reduce), out=mass)
     else:
-        raise ValueError(f'reduce={reduce!r} is not "sum", "max" or "square"')
+        mass += _reduced(p, reduce)
+
+
+def _reduced(p: Tensor, reduce: str) -> Tensor:
+    """Probabilities `p` `[B, Hkv, G, rows, N]` over query rows and heads, `[B, Hkv, N]`."""
+    if reduce == "sum":
+        return p.sum((2, 3))
+    if reduce == "square":
+        return p.square().sum((2, 3))
+    if reduce == "max":
+        return p.amax((2, 3))
+    raise ValueError(f'reduce={reduce!r} is not "sum", "max" or "square"')
 
 
 def attend(
@@ -163,12 +207,12 @@ def attend_and_count(
     Returns:
         `[B, H, T, Dv]` in `v`'s dtype, and `[B, Hkv, N]` as `attention_mass` gives it.
     """
+    if softcap is None and sinks is None and q.shape[2] == 1:
+        return _count_one(q, k, v, reduce, scale)
     b, hkv, n = k.shape[:3]
     group = q.shape[1] // hkv
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     out = q.new_empty(b, hkv, group, q.shape[2], v.shape[-1])
-    if softcap is None and sinks is None and q.shape[2] == 1:
-        return _count_one(q, k, v, reduce, scale)
     if q.device.type == "cpu" and softcap is None and sinks is None and q.shape[2] * n >= MANY_LOGITS:
         _head_by_head(q, k, mass, reduce, scale, v=v, out=out)
         return out.flatten(1, 2), mass
@@ -185,17 +229,15 @@ def _count_one(
     slower than in single precision, so keys and values are widened there, a tile at a time."""
     hkv, n = k.shape[1], k.shape[2]
     group, wide = q.shape[1] // hkv, torch.promote_types(q.dtype, torch.float32)
-    narrow = q.device.type != "cpu" or q.dtype == wide
-    inner, step = (q.dtype, n) if narrow else (wide, tile)
-    rows = (q.unflatten(1, (hkv, group)).squeeze(3) * (q.shape[-1] ** -0.5 if scale is None else scale)).to(inner)
-    parts = [rows @ k[:, :, s : s + step].to(inner).transpose(-1, -2) for s in range(0, n, step)]
-    p = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).softmax(-1, dtype=wide)
-    share = p.to(v.dtype) if narrow else p
-    terms = [share[..., s : s + step] @ v[:, :, s : s + step].to(share.dtype) for s in range(0, n, step)]
-    out = terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
-    mass = p.new_zeros(*k.shape[:3])
-    _count(mass, p[:, :, :, None], reduce)
-    return out.to(v.dtype).flatten(1, 2)[:, :, None], mass
+    rows = q.reshape(q.shape[0], hkv, group, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if q.device.type != "cpu" or q.dtype == wide:
+        p = (rows @ k.transpose(-1, -2)).softmax(-1, dtype=wide)
+        out = p.to(v.dtype) @ v
+    else:
+        rows, steps = rows.to(wide), range(0, n, tile)
+        p = torch.cat([rows @ k[:, :, s : s + tile].to(wide).transpose(-1, -2) for s in steps], -1).softmax(-1)
+        out = torch.stack([p[..., s : s + tile] @ v[:, :, s : s + tile].to(wide) for s in steps]).sum(0)
+    return out.to(v.dtype).reshape(*q.shape[:3], -1), _reduced(p[:, :, :, None], reduce)
 
 
 def _head_by_head(
@@ -211,12 +253,12 @@ def _head_by_head(
     out: Tensor | None = None,
 ) -> None:
     """Take the attention of all queries into `mass` `[B, Hkv, N]`, and where `v` is given its output into `out`
-    `[B, Hkv, G, T, Dv]`, with one pair of buffers for all blocks: for a processor, fresh memory for every block costs
-    as much as the products."""
+    `[B, Hkv, G, T, Dv]`, with one buffer for all blocks: for a processor, fresh memory for every block costs as much
+    as the products."""
     b, hkv, n = mass.shape
     t, group = q.shape[2], q.shape[1] // hkv
-    rows = max(16, min(128, t, HEAD_LOGITS // n))
-    logits, shares = mass.new_empty(rows * n), mass.new_empty(rows * n)
+    rows = max(16, min(256, t, HEAD_LOGITS // n))
+    buffer = mass.new_empty(rows * n)
     given = mass.new_ones(b, q.shape[1], t) if weights is None else weights.to(mass.dtype).expand(b, q.shape[1], t)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     first = 0 if causal_offset is None else max(0, -causal_offset)  # queries before this see no key
@@ -230,19 +272,20 @@ def _head_by_head(
                 for s in range(first, t, rows):
                     e = min(s + rows, t)
                     width = n if causal_offset is None else min(n, e + causal_offset)
-                    size = (e - s) * width
-                    block, share = logits[:size].view(e - s, width), shares[:size].view(e - s, width)
-                    torch.mm(head[s:e], kt[:, :width], out=block)
+                    block = buffer[: (e - s) * width].view(e - s, width)
+                    for a in range(0, width, HEAD_KEYS):
+                        z = min(a + HEAD_KEYS, width)
+                        torch.mm(head[s:e], kt[:, a:z], out=block[:, a:z])
                     if causal_offset is not None:
                         _hide_later(block, s + causal_offset)
-                    torch.softmax(block, -1, out=share)
+                    torch.softmax(block, -1, out=block)
                     if values is not None and out is not None:
-                        out[i, j, g, s:e] = share @ values[:width]
+                        out[i, j, g, s:e] = block @ values[:width]
                     if reduce == "sum":
-                        mass[i, j, :width].addmv_(share.T, weight[s:e])
+                        mass[i, j, :width].addmv_(block.T, weight[s:e])
                     else:
-                        share *= weight[s:e, None]
-                        _count(mass[i : i + 1, j : j + 1, :width], share[None, None, None], reduce)
+                        block *= weight[s:e, None]
+                        _count(mass[i : i + 1, j : j + 1, :width], block[None, None, None], reduce)
 
 
 def _hide_later(block: Tensor, last: int) -> None:

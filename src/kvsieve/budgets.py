@@ -80,7 +80,7 @@ class Ratio(Budget):
             raise BudgetError(f"a ratio budget must lie in (0, 1], not {self.kept}")
 
     def amounts(self, view: LayerView) -> list[float]:
-        return [int(n) * self.kept for n in view.real_seen]
+        return [n * self.kept for n in view.real_seen]
 
 
 @dataclass(frozen=True)

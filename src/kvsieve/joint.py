@@ -77,7 +77,7 @@ class LayerGroup:
         seen = views[0].real_seen
         _check_finite(weights, views)
         if first.fitted:
-            held, needed, seen = held.amax(0, True), needed.amax(0, True), seen.amax(0, True)
+            held, needed, seen = held.amax(0, True), needed.amax(0, True), [max(seen)]
             amounts, weights = [math.fsum(amounts) / b], weights.mean(0, True)
         counts = []
         for i, amount in enumerate(amounts):
@@ -88,7 +88,7 @@ class LayerGroup:
                     f"{first.policy.name}: {amount:g} tokens per layer, on average, are below the {least} that are "
                     f"protected; the smallest legal budget here is {least} tokens"
                 )
-            counts.append(share.allocate(amount, weights[i].tolist(), floors, held[i].tolist(), int(seen[i])))
+            counts.append(share.allocate(amount, weights[i].tolist(), floors, held[i].tolist(), seen[i]))
         return torch.tensor(counts).T.expand(n, b)
 
 

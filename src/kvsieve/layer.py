@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import placement, ragged_attention
-from .attention import Visible, attend, attend_and_count, attention_mass
+from .attention import ByPosition, Visible, attend, attend_and_count, attention_mass
 from .errors import UnsupportedOperationError
 from .joint import LayerGroup
 from .ledger import KEY, KIND, PLACE, POSITION, SEGMENT, VALUE, Kind
@@ -26,6 +26,8 @@ from .triggers import OnRequest
 from .view import LayerView, Visibility
 
 __all__ = ["KVLayer"]
+
+_NOTHING = torch.empty(0)
 
 
 @dataclass
@@ -83,13 +85,13 @@ class KVLayer:
         self.store: Store = DenseStore(0, 0)
         self.state: dict[str, Tensor] = {}
         self.seen = 0
-        self.real_seen = torch.zeros(0, dtype=torch.long)
+        self.pads = torch.zeros(0, dtype=torch.long)
         self.first = torch.zeros(0, dtype=torch.long)
         self.segment = 0
         self.evictions = 0
-        self.evicted_at = 0
+        self.evicted_at = self.decided_at = 0
         self.has_pads = self.padded = False
-        self.new_keys = torch.empty(0)
+        self.new_keys = _NOTHING
         self.new_kind: Tensor | None = None
         self._pending: _Forward | None = None
         self._latest: _Forward | None = None
@@ -97,6 +99,11 @@ class KVLayer:
         self._collected: tuple[str, Tensor] | None = None
         if self.group is not None:
             self.group.forget(self)
+
+    @property
+    def real_seen(self) -> list[int]:
+        """Tokens that every row was fed, padding not counted."""
+        return [self.seen - pads for pads in self.pads.tolist()]
 
     @property
     def fitted(self) -> bool:
@@ -112,7 +119,7 @@ class KVLayer:
         """A copy of the sequence; policy and model parts are shared."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        for name in ("store", "state", "real_seen", "first", "new_keys", "_pending", "_latest", "_collected", "group"):
+        for name in ("store", "state", "pads", "first", "new_keys", "_pending", "_latest", "_collected", "group"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -137,18 +144,16 @@ class KVLayer:
         b, h, t = keys.shape[:3]
         if not self.seen:
             self.store = self.new_store(b, h)
-            self.real_seen = torch.zeros(b, dtype=torch.long)
+            self.pads = torch.zeros(b, dtype=torch.long)
             self.first = torch.zeros(b, dtype=torch.long, device=keys.device)
         self.settle()
         if b != self.store.batch:
             raise UnsupportedOperationError(
                 f"the cache holds {self.store.batch} sequences, the new tokens have {b}; reset() or use a new cache"
             )
-        position = torch.arange(self.seen, self.seen + t, dtype=torch.int32, device=keys.device)
-        new = {KEY: keys, VALUE: values, POSITION: position.expand(b, h, t)}
+        new = {KEY: keys, VALUE: values, POSITION: _count_up(self.seen, t, keys).expand(b, h, t)}
         if self.positions == "contiguous":
-            place = torch.arange(self.next_place, self.next_place + t, dtype=torch.int32, device=keys.device)
-            new[PLACE] = place.expand(b, h, t)
+            new[PLACE] = _count_up(self.next_place, t, keys).expand(b, h, t)
         self.next_place += t
         self.new_kind = kind
         if kind is not None:
@@ -161,18 +166,17 @@ class KVLayer:
         limit = self.policy.limit(self.n_layers * b * h * token, self.room)
         self.store.append(new, None if limit is None else limit + self.room)
         self.seen += t
-        self.real_seen = self.real_seen + t
         self.new_keys = keys
 
     def attend(self, queries: Tensor, visibility: Visibility) -> Tensor:
         """Attention of `queries` `[B, H, T, D]` over everything held, `[B, H, T, Dv]`."""
         self.mark_padding(visibility)
         offset, visible = self.visible(visibility)
-        keys = self.attended_keys()
+        keys, reduce = self.attended_keys(), self.policy.scorer.collects if self.policy.evicts else ""
+        unmasked = visible is None and offset is None
         if isinstance(self.store, DenseStore):
             values = self.store.read(VALUE)
-            if visible is None and offset is None and self.policy.scorer.collects and self.policy.evicts:
-                reduce = self.policy.scorer.collects
+            if unmasked and reduce:
                 out, mass = attend_and_count(
                     queries, keys, values, reduce, scale=self.scale, softcap=self.softcap, sinks=self.sinks
                 )
@@ -183,10 +187,12 @@ class KVLayer:
                 scale=self.scale, softcap=self.softcap, sinks=self.sinks,
             )  # fmt: skip
         assert isinstance(self.store, RaggedStore)
-        return ragged_attention.attend(
-            self.store, queries, keys, self.store.columns[VALUE], visible=visible,
+        out, collected = ragged_attention.attend(
+            self.store, queries, keys, self.store.columns[VALUE], reduce if unmasked else "", visible=visible,
             scale=self.scale, softcap=self.softcap, sinks=self.sinks,
         )  # fmt: skip
+        self._collected = None if collected is None else (reduce, collected)
+        return out
 
     def observe(
         self, queries: Tensor | None, visibility: Visibility, hidden: Tensor | None = None, hold: bool = False
@@ -202,14 +208,14 @@ class KVLayer:
         if self._pending is None:
             return
         forward, self._pending = self._pending, None
-        count = forward.visibility.count - rejected
-        if count <= 0:
-            return
-        queries = None if forward.queries is None else forward.queries[:, :, :count]
-        hidden = None if forward.hidden is None else forward.hidden[:, :count]
-        self.new_keys = self.new_keys[:, :, :count]
-        collected = None if rejected else forward.collected
-        forward = _Forward(queries, replace(forward.visibility, count=count), hidden, collected)
+        if rejected:
+            count = forward.visibility.count - rejected
+            if count <= 0:
+                return
+            queries = None if forward.queries is None else forward.queries[:, :, :count]
+            hidden = None if forward.hidden is None else forward.hidden[:, :count]
+            self.new_keys = self.new_keys[:, :, :count]
+            forward = _Forward(queries, replace(forward.visibility, count=count), hidden, None)
         view = self._view(forward)
         self.policy.scorer.observe(view)
         if isinstance(self.policy.trigger, OnRequest):
@@ -236,6 +242,7 @@ class KVLayer:
         """Evict now, as if the forward pass that came last had just ended; for policies whose trigger is `OnRequest`,
         with another trigger put in its place."""
         self.settle()
+        self.decided_at = 0
         if self.seen:
             latest = self._latest or _Forward(None, Visibility(self.seen, 0), None, None)
             self._decide(self._view(replace(latest, collected=None)))
@@ -259,15 +266,17 @@ class KVLayer:
         """Let go of what the policy does not keep; `counts` as in `Policy.keep`."""
         before = self.store.tokens
         handled, victims = self.policy.one_out(view)
-        if victims is not None and isinstance(self.store, DenseStore):
-            self.store.drop(victims, self._room)
         keep = None
-        if not handled:
+        if victims is not None:
+            self.store.drop(victims, self._room)
+        elif not handled:
             keep = self.policy.keep(view) if counts is None else self.policy.keep(view, counts)
         if keep is not None:
             self.store = self.store.keep(keep, uniform=self.policy.uniform, room=self._room)
             self.has_pads = False
-        self.new_keys = torch.empty(0)
+        if self.policy.trigger.fires(view):
+            self.decided_at = self.seen
+        self.new_keys = _NOTHING
         if self.store.tokens < before:
             self.evictions += 1
             self.evicted_at = self.seen
@@ -288,7 +297,7 @@ class KVLayer:
         kind = torch.where(real.to(kind.device), kind, int(Kind.PAD)).to(torch.uint8)
         self.store.write_new(KIND, _per_head(kind, b, h, visibility.count))
         ahead = padding[:, : self.seen]
-        self.real_seen = ahead.sum(-1).cpu()
+        self.pads = self.seen - ahead.sum(-1).cpu()
         self.first = torch.where(ahead.any(-1), ahead.to(torch.uint8).argmax(-1), self.seen).to(self.first.device)
         if self.positions == "slot" and bool(
             (~padding[:, : self.seen]).sum(-1).to(self.first.device).ne(self.first).any()
@@ -307,7 +316,11 @@ class KVLayer:
         if plain and self.store.ordered and visibility.count <= self.store.new:
             return self.store.longest - visibility.count, None
         positions = self.store.read(POSITION)
+        if plain and isinstance(self.store, DenseStore):
+            return None, ByPosition(visibility.start, positions)
         live = self.store.live
+        if plain:
+            return None, ByPosition(visibility.start, positions, live)
         if self.has_pads:
             live = live & (self.store.read(KIND) != Kind.PAD)
         return None, lambda s, e: visibility.mask(positions, live, s, e)
@@ -348,7 +361,7 @@ class KVLayer:
         self.settle()
         self.store = self.store.map_rows(rows)
         self.state = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.state.items()}
-        self.real_seen = self.real_seen[rows.cpu()]
+        self.pads = self.pads[rows.cpu()]
         self.first = self.first[rows.to(self.first.device)]
 
     def crop(self, count: int, regardless: bool = False) -> None:
@@ -378,28 +391,39 @@ class KVLayer:
         if self.group is not None:
             self.group.forget(self)
         keep = self.store.live & (self.store.read(POSITION) < self.seen - count)
-        taken = torch.full_like(self.real_seen, count)
-        if self.has_pads:  # padding among them was never counted as real
+        if self.has_pads:
             pads = (self.store.read(POSITION) >= self.seen - count) & (self.store.read(KIND) == Kind.PAD)
-            taken -= (pads & self.store.live)[:, 0].sum(-1).cpu()
+            self.pads = self.pads - (pads & self.store.live)[:, 0].sum(-1).cpu()
         fresh = self.store.new
         self.store = self.store.keep(keep)
         self.seen -= count
+        self.decided_at = 0
         self.next_place -= count
         self._latest = None
-        self.real_seen = self.real_seen - taken
         self.store.new = max(fresh - count, 0)
         self.commit(rejected=min(count, held_back))
 
     @property
     def plain(self) -> bool:
         """Whether every slot of every head holds a real token that may stay and no row began with padding."""
-        return isinstance(self.store, DenseStore) and not self.padded and self.window is None
+        return self.unpadded and isinstance(self.store, DenseStore)
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether no row began with padding and segments do not age."""
+        return not self.padded and self.window is None
 
     @property
     def pending(self) -> bool:
         """Whether a forward pass waits for `commit`."""
         return self._pending is not None
+
+
+def _count_up(start: int, count: int, like: Tensor) -> Tensor:
+    """`[count]` int32 from `start` on."""
+    if count == 1:
+        return torch.full((1,), start, dtype=torch.int32, device=like.device)
+    return torch.arange(start, start + count, dtype=torch.int32, device=like.device)
 
 
 def _per_head(values: Tensor, b: int, h: int, t: int) -> Tensor:

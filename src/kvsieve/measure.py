@@ -27,10 +27,10 @@ def measure(layers: Sequence[KVLayer]) -> dict[str, Any]:
     used = [layer for layer in layers if layer.seen]
     held = {layer.layer_idx: real_tokens(layer).sum(-1) for layer in used}
     tokens = {layer.layer_idx: int(held[layer.layer_idx].sum()) for layer in used}
-    full = {layer.layer_idx: int(layer.real_seen.sum()) * layer.store.heads for layer in used}
+    full = {layer.layer_idx: sum(layer.real_seen) * layer.store.heads for layer in used}
     bytes_held = sum(layer.store.bytes_of((KEY, VALUE)) for layer in used)
     return {
-        "tokens_seen": used[0].real_seen.tolist() if used else [],
+        "tokens_seen": used[0].real_seen if used else [],
         "tokens_held": {index: counts.tolist() for index, counts in held.items()},
         "bytes_held": bytes_held,
         "bytes_spare": bytes_held - sum(tokens[layer.layer_idx] * layer.store.bytes_per_token for layer in used),

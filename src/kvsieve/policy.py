@@ -20,7 +20,7 @@ from . import triggers as _triggers
 from .budgets import Budget, Bytes, EvictRatio, OfStream, Ratio, Threshold, Tokens, Unlimited, parse_budget
 from .errors import BudgetError, PolicyError
 from .protect import Protect
-from .scorer import SCORERS, Scorer
+from .scorer import SCORERS, Scorer, StaticScorer
 from .select import check_scores, lowest_slot
 from .shares import AcrossHeads, LayerVariance, Pyramid, Share, Uniform
 from .triggers import AfterPrefill, EveryForward, Trigger, parse_trigger
@@ -124,16 +124,20 @@ class Policy:
         """Fast path of `keep` for a decode step: at most one token leaves every head, and nothing is padded.
 
         Returns:
-            `(handled, victims)`: when handled, `victims` `[B, Hkv]` are the slots that leave, or `None` if none does;
-            when not handled, `keep` has to decide.
+            `(handled, victims)`: when handled, `victims` `[B, Hkv]` are the slots that leave (-1 in heads that lose
+            none), or `None` if none does; when not handled, `keep` has to decide.
         """
         guard = self.protect
-        if not (view.plain and self.uniform and self.evicts) or guard.kinds or guard.segments or self.joint:
+        if not (view.unpadded and self.evicts) or guard.kinds or guard.segments or self.joint:
             return False, None
         if not self.trigger.fires(view):
             return True, None
+        if isinstance(self.budget, Threshold):
+            return self._below(view, self.budget.value)
+        if not (view.plain and self.uniform):
+            return False, None
         floor = min(view.seen, max(guard.smallest, self.scorer.least(view)))
-        counts = self._layer_counts(view).tolist()
+        counts = self._count_list(view)
         if min(counts) < floor and not isinstance(self.budget, (Ratio, EvictRatio)):
             return False, None  # `keep` refuses where it has to
         excess = [view.held - max(count, floor) for count in counts]
@@ -141,17 +145,39 @@ class Policy:
             return True, None
         if min(excess) != 1 or max(excess) != 1:
             return False, None
-        view.counts = torch.tensor([max(count, floor) for count in counts])
+        view.counts = [max(count, floor) for count in counts]
         scores = check_scores(self.scorer.score(view), view.positions)
         return True, lowest_slot(scores, view.positions, view.protected)
 
+    def _below(self, view: LayerView, threshold: float) -> tuple[bool, Tensor | None]:
+        """`one_out` for a threshold: with scores that are settled on arrival, and all else decided on before, only the
+        token that has just lost its protection can go."""
+        position = view.seen - 1 - self.protect.recent
+        settled = isinstance(self.scorer, StaticScorer) and self.scorer.fixed
+        if not (settled and view.new == 1 and self.protect.recent and view.decided == view.seen - 1):
+            return False, None
+        if position < self.protect.sink:
+            return True, None
+        slots = view.find(position)
+        if slots is None:
+            return False, None
+        scores = view.at("score", slots)
+        values = scores.flatten().tolist()
+        leaving = sum(value < threshold for value in values)
+        if any(value != value for value in values) or (0 < leaving < len(values) and view.plain):
+            return False, None  # `keep` refuses NaN, and heads of a dense store cannot part here
+        return True, slots.masked_fill(scores >= threshold, -1) if leaving else None
+
     def _layer_counts(self, view: LayerView) -> Tensor:
         """`[B]` tokens per head of this layer, on average over its heads."""
+        return torch.tensor(self._count_list(view), dtype=torch.long)
+
+    def _count_list(self, view: LayerView) -> list[int]:
         rows = []
-        for amount, seen in zip(self.budget.amounts(view), view.real_seen.tolist(), strict=True):
+        for amount, seen in zip(self.budget.amounts(view), view.real_seen, strict=True):
             count = self.budget.counts(amount) if math.isfinite(amount) else seen
             rows.append(self.share.per_layer(amount, count, seen, view))
-        return torch.tensor(rows, dtype=torch.long)
+        return rows
 
     def _above_protection(self, counts: Tensor, protected: Tensor, view: LayerView) -> Tensor:
         """A ratio never cuts into protection (the measured rate tells); a token or byte budget must not be able to."""

@@ -43,7 +43,9 @@ class Rotary:
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Take the rotation of `positions` `[B, N]` back from `x` `[B, H, N, D]`."""
-        return self.shift(x, -positions[:, None].expand(-1, x.shape[1], -1))
+        cos, sin = self.cos_sin(-positions)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.apply(x.to(wide), cos.to(wide), sin.to(wide)).to(x.dtype)
 
     def mean_rotation(self, start: Tensor, count: int) -> Callable[[Tensor], Tensor]:
         """The average rotation over `count` positions from `start` `[B]` on, as a linear map on `[B, H, N, D]`."""

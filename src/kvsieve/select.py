@@ -29,6 +29,8 @@ def check_scores(scores: Tensor, positions: Tensor, valid: Tensor | None = None)
         )
     if scores.dtype != torch.float64:
         scores = scores.float()
+    if not scores.numel() or not bool(scores.amin().isnan()):
+        return scores
     bad = torch.isnan(scores)
     if valid is not None:
         bad = bad & valid
@@ -101,9 +103,9 @@ def _largest(values: Tensor, ranks: Tensor) -> Tensor:
 
 def lowest_slot(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
     """`[B, Hkv]` slot of the lowest score of every head among slots that are not `closed`; the oldest among equals."""
-    scores = scores.masked_fill(closed, float("inf"))
-    tied = (scores == scores.amin(-1, keepdim=True)) & ~closed
-    return positions.masked_fill(~tied, torch.iinfo(positions.dtype).max).argmin(-1)
+    worth = scores.masked_fill(closed, float("inf"))
+    tied = (worth == worth.amin(-1, keepdim=True)).logical_and_(~closed)
+    return torch.where(tied, positions, torch.iinfo(positions.dtype).max).argmin(-1)
 
 
 def _drop_one(scores: Tensor, positions: Tensor, valid: Tensor, protected: Tensor, drops: Tensor) -> Tensor:

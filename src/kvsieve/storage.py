@@ -115,7 +115,8 @@ def pack_layer(core: KVLayer, tensors: dict[str, Tensor], prefix: str) -> dict[s
         tensors[f"{prefix}column.{name}"] = buffer.contiguous().cpu()
     for name, value in core.state.items():
         tensors[f"{prefix}state.{name}"] = value.contiguous().cpu()
-    tensors[prefix + "real_seen"], tensors[prefix + "first"] = core.real_seen.clone(), core.first.cpu().clone()
+    tensors[prefix + "real_seen"] = torch.tensor(core.real_seen, dtype=torch.long)
+    tensors[prefix + "first"] = core.first.cpu().clone()
     entry["ordered"] = core.store.ordered
     return entry
 
@@ -141,4 +142,4 @@ def unpack_layer(
     else:
         core.store = RaggedStore(entry["batch"], entry["heads"], columns, tensors[prefix + "lengths"])
     core.state = part("state")
-    core.real_seen, core.first = tensors[prefix + "real_seen"], tensors[prefix + "first"].to(device)
+    core.pads, core.first = core.seen - tensors[prefix + "real_seen"], tensors[prefix + "first"].to(device)

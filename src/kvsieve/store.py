@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .ledger import KEY, VALUE, spec_of
+from .ledger import KEY, POSITION, VALUE, spec_of
 
 __all__ = ["Columns", "DenseStore", "Store", "fresh", "spare"]
 
@@ -83,6 +83,19 @@ class Store:
         `uniform`: heads are meant to end up equally long, so a ragged store turns dense as soon as they are.
         `room`: dense storage shall have room for exactly this many more tokens; where it has that already, only the
         tokens that fill the gaps move."""
+        raise NotImplementedError
+
+    def drop(self, victims: Tensor, room: int | None = None) -> None:
+        """Drop one token per head, at slots `victims` `[B, Hkv]`: the last token moves into its slot. In a ragged store
+        a head with slot -1 drops none. `room` as in `keep`."""
+        raise NotImplementedError
+
+    def find(self, position: int) -> Tensor | None:
+        """`[B, Hkv]` int64 slots of the token that came at `position`; `None` where a head does not hold it."""
+        raise NotImplementedError
+
+    def at(self, name: str, slots: Tensor) -> Tensor:
+        """`[B, Hkv]` entries of a ledger column at slots `[B, Hkv]`."""
         raise NotImplementedError
 
     def pack(self) -> None:
@@ -204,7 +217,7 @@ class DenseStore(Store):
             return self
         index = mask.nonzero()[:, 2].view(self.batch, self.heads, kept)
         if not self.ordered:
-            order = self.read("position").gather(2, index).argsort(-1)
+            order = self.read(POSITION).gather(2, index).argsort(-1)
             index, self.ordered = index.gather(2, order), True
         head = torch.arange(self.batch * self.heads, device=index.device).view(self.batch, self.heads, 1)
         rows = (index + head * self.capacity).flatten()
@@ -234,17 +247,24 @@ class DenseStore(Store):
             self.columns = {name: buffer[:, :, : self.n].clone() for name, buffer in self.columns.items()}
 
     def drop(self, victims: Tensor, room: int | None = None) -> None:
-        """Drop one token per head, at slots `victims` `[B, Hkv]`: the last token moves into its slot. `room` as in
-        `keep`."""
         last = self.n - 1
         self.ordered = self.ordered and bool((victims == last).all())
-        b = torch.arange(self.batch, device=victims.device)[:, None]
-        h = torch.arange(self.heads, device=victims.device)
+        head = torch.arange(self.batch * self.heads, device=victims.device) * self.capacity
+        gone, moved = head + victims.flatten(), head + last
         for buffer in self.columns.values():
-            buffer[b, h, victims] = buffer[:, :, last].clone()
+            rows = buffer.flatten(0, 2)
+            rows.index_copy_(0, gone, rows.index_select(0, moved))
         self.n, self.new = last, 0
         if room is not None and self.capacity != last + room:
             self._resize(last + room, self.columns)
+
+    def find(self, position: int) -> Tensor | None:
+        hits = (self.read(POSITION) == position).nonzero()
+        whole = len(hits) == self.batch * self.heads  # a head holds a position once
+        return hits[:, 2].view(self.batch, self.heads) if whole else None
+
+    def at(self, name: str, slots: Tensor) -> Tensor:
+        return self.columns[name].gather(2, slots[..., None])[..., 0]
 
     def map_rows(self, rows: Tensor) -> Store:
         rows = rows.to(self.columns[KEY].device)

@@ -94,7 +94,7 @@ class LayerView:
         self._layer, self._store = layer, layer.store
         self._queries, self._visibility, self._hidden = queries, visibility, hidden
         self._collected = collected
-        self._counts: Tensor | None = None
+        self._counts: Tensor | list[int] | None = None
         self.layer_idx, self.rank, self.n_layers = layer.layer_idx, layer.rank, layer.n_layers
         self.seen, self.new = layer.seen, visibility.count
         self.first = layer.first
@@ -114,8 +114,26 @@ class LayerView:
         return self._layer.plain
 
     @property
-    def real_seen(self) -> Tensor:
-        """`[B]` int64 on the CPU: real tokens seen by every row, padding not counted."""
+    def unpadded(self) -> bool:
+        """Whether no row began with padding and segments do not age; `plain` where heads are equally long besides."""
+        return self._layer.unpadded
+
+    @property
+    def decided(self) -> int:
+        """What `seen` was when the policy last decided on everything that is held."""
+        return self._layer.decided_at
+
+    def find(self, position: int) -> Tensor | None:
+        """`[B, Hkv]` slots of the token that came at `position`; `None` where a head does not hold it."""
+        return self._store.find(position)
+
+    def at(self, name: str, slots: Tensor) -> Tensor:
+        """`[B, Hkv]` entries of a ledger column at slots `[B, Hkv]`."""
+        return self._store.at(name, slots)
+
+    @property
+    def real_seen(self) -> list[int]:
+        """Real tokens seen by every row, padding not counted."""
         return self._layer.real_seen
 
     @cached_property
@@ -135,10 +153,12 @@ class LayerView:
         is made; a threshold has no such number."""
         if self._counts is None:
             raise PolicyError(f"{self._layer.policy.name} needs to know how many may stay: name a budget, no threshold")
+        if isinstance(self._counts, list):
+            self._counts = torch.tensor(self._counts)
         return self._counts
 
     @counts.setter
-    def counts(self, counts: Tensor) -> None:
+    def counts(self, counts: Tensor | list[int]) -> None:
         self._counts = counts
 
     @cached_property
@@ -289,11 +309,14 @@ class LayerView:
 
     def remember_queries(self, count: int) -> Tensor:
         """Keep the last `count` queries in `state` and return them, `[B, H, <= count, D]`."""
-        queries = self.queries
-        if queries.shape[2] < count and "queries" in self.state:
-            queries = torch.cat([self.state["queries"], queries], dim=2)
-        self.state["queries"] = queries[:, :, -count:].clone()
-        return self.state["queries"]
+        queries, older = self.queries, self.state.get("queries")
+        missing = count - queries.shape[2]
+        if missing > 0 and older is not None:
+            latest = torch.cat([older[:, :, max(0, older.shape[2] - missing) :], queries], dim=2)
+        else:
+            latest = queries[:, :, -count:].clone()
+        self.state["queries"] = latest
+        return latest
 
     def by_position(self, values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `function` to `values` `[B, Hkv, N]` laid out in order of position (empty slots last)."""

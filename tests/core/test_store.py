@@ -59,12 +59,22 @@ def test_store_is_a_dictionary_of_tokens(data, b, h):
             for heads in alive[r]:
                 heads.update(range(seen, seen + t))
         seen += t
-        move = data.draw(st.sampled_from(["nothing", "one", "same", "differ", "rows"]))
+        move = data.draw(st.sampled_from(["nothing", "one", "same", "differ", "drop", "rows"]))
         if move == "rows":
             chosen = data.draw(st.lists(st.integers(0, b - 1), min_size=b, max_size=b))
             store = store.map_rows(torch.tensor(chosen))
             rows = [rows[c] for c in chosen]
             alive = [copy.deepcopy(alive[c]) for c in chosen]
+        elif move == "drop":
+            some = isinstance(store, RaggedStore) and data.draw(st.booleans())
+            slots = torch.full((b, h), -1)
+            for r in range(b):
+                for i in range(h):
+                    if len(alive[r][i]) > 1 and not (some and data.draw(st.booleans())):
+                        slots[r, i] = data.draw(st.integers(0, len(alive[r][i]) - 1))
+                        alive[r][i].remove(int(store.read(POSITION)[r, i, slots[r, i]]))
+            if isinstance(store, RaggedStore) or bool((slots >= 0).all()):
+                store.drop(slots)
         elif move != "nothing":
             drop = {"one": 1, "same": 4}.get(move)
             mask = store.live.clone()
@@ -85,6 +95,13 @@ def test_store_is_a_dictionary_of_tokens(data, b, h):
                     code = float(everything[KEY][rows[r], i, p, 0])
                     assert (k0, k1, v0, v1, v2, m) == (code, code + 0.25, code + 0.5, code, -code, code * 2)
         assert store.lengths.tolist() == [[len(s) for s in row] for row in alive]
+        for position in range(seen):
+            slots = store.find(position)
+            if slots is not None:
+                want = everything["mass"][rows, :, position]
+                assert torch.equal(store.at("mass", slots).double(), want.double())
+            else:
+                assert any(position not in head for row in alive for head in row)
 
 
 @settings(max_examples=120, deadline=None)

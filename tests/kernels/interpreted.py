@@ -9,11 +9,14 @@ import importlib
 import multiprocessing
 import os
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
+
+T = TypeVar("T")
 
 
 class Kernels:
@@ -32,6 +35,10 @@ class Kernels:
     def __call__(self, module: str, function: str, *args: Any, settings: dict[str, int] | None = None, **options: Any):
         job = (module, function, settings or {}, args, options)
         return _call(*job) if self._pool is None else self._pool.submit(_call, *job).result()
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)`, a function of a test module, where the kernels can run."""
+        return function(*args) if self._pool is None else self._pool.submit(function, *args).result()
 
     def close(self) -> None:
         if self._pool is not None:

@@ -18,11 +18,13 @@ MAX_HEAD_DIM = 256
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: on a device that triton serves, in one of `DTYPES`, with a last
-    dimension of at most `MAX_HEAD_DIM`."""
+    """Whether the kernels take these tensors: on a device that triton serves, all in the same one of `DTYPES`, with a
+    last dimension of at most `MAX_HEAD_DIM`."""
     return bool(tensors) and all(
-        x.is_cuda and x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_HEAD_DIM and _served(x.device) for x in tensors
-    )
+        x.is_cuda and x.dtype == tensors[0].dtype and x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_HEAD_DIM
+        and _served(x.device)
+        for x in tensors
+    )  # fmt: skip
 
 
 @cache

@@ -15,6 +15,9 @@ from ..view import LayerView
 
 __all__ = ["ExpectedAttention"]
 
+_BLOCK = 2048
+"""Queries or keys that are widened and multiplied at a time."""
+
 
 @dataclass(frozen=True)
 class ExpectedAttention(Scorer):
@@ -51,9 +54,15 @@ class ExpectedAttention(Scorer):
         """Merge the new queries into running moments (pairwise update, stable in float32)."""
         if not view.rope.text_only:
             raise UnsupportedModelError("expected_attention needs one rotary axis; this model rotates by several")
-        wide = torch.promote_types(view.queries.dtype, torch.float32)
         place = view.new_positions - view.first[:, None]
-        queries = view.rope.unrotate(view.queries.to(wide), place.clamp_min(0))
+        for start in range(0, view.new, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            self._merge(view, view.queries[:, :, block], place[:, block])
+
+    def _merge(self, view: LayerView, queries: Tensor, place: Tensor) -> None:
+        """Take `queries` `[B, H, t, D]` at `place` `[B, t]` into the moments."""
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        queries = view.rope.unrotate(queries.to(wide), place.clamp_min(0))
         counted = (place >= self.n_sink).to(wide)
         count = counted.sum(1).view(-1, 1, 1)
         weight = counted[:, None, :, None]
@@ -81,7 +90,10 @@ class ExpectedAttention(Scorer):
         if self.use_covariance:
             covariance = scatter / count.clamp_min(1)[..., None]
             covariance = rotate(rotate(covariance).transpose(-1, -2)).transpose(-1, -2).unflatten(1, (hkv, -1))
-            logits = logits + ((keys[:, :, None] @ covariance) * keys[:, :, None]).sum(-1) / (2 * dim)
+            covariance = covariance / (2 * dim)
+            for start in range(0, view.held, _BLOCK):
+                block = keys[:, :, None, start : start + _BLOCK]
+                logits[..., start : start + _BLOCK] += ((block @ covariance) * block).sum(-1)
         place = view.positions - view.first[:, None, None]
         ranked = view.valid & (place >= self.n_sink)
         weights = logits.masked_fill(~ranked[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0).mean(2)

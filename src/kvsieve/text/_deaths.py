@@ -43,7 +43,7 @@ def drops_per_step(view: LayerView, layer: KVLayer, n: int) -> Integers:
     held = 0
     for i in range(n):
         seen, held = i + 1, held + 1
-        layer.real_seen[0] = seen
+        layer.seen = seen
         amount = policy.budget.amounts(view)[0]
         count = policy.share.per_layer(amount, policy.budget.counts(amount), seen, view)
         if held > count and min(seen, guarded) > count:
