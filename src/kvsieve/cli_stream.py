@@ -60,6 +60,8 @@ def stream(
     for name, value in (("tokens", tokens), ("chunk-size", chunk_size), ("every", every)):
         if value is not None and value < 1:
             raise PolicyError(f"--{name} must be 1 or more, not {value}")
+    if not temperature >= 0.0:
+        raise PolicyError(f"temperature must be 0 or more, not {temperature}")
     chosen = _policy(policy, budget or "1024", option, model, seed)
     if tokens is None and not _bounded(chosen):
         raise PolicyError(
@@ -144,8 +146,6 @@ def _begins(lap: list[int], tokenizer: Any) -> int:
 
 def _typed(tokenizer: Any) -> Iterator[int]:
     """Token ids of standard input, line by line as it comes in."""
-    from .errors import DataError
-
     begin, anything = tokenizer.bos_token_id, False
     try:
         for line in sys.stdin:
