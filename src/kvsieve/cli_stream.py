@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["stream"]
 
-_PROMPT = 64
-"""Tokens of the bundled text that writing begins with."""
+_PROMPT = "The tide went out, and the little boat lay on the sand. The old man sat down beside it and mended his nets."
+"""What writing begins with."""
 _LAP = 4096
 """Tokens of the bundled text for a model that does not say what length it was trained for."""
 
@@ -68,11 +68,11 @@ def stream(
             f"{policy} with this budget keeps more and more of an endless stream, until the memory is full; say where "
             "to stop with --tokens, or give a budget of tokens or bytes"
         )
-    words = _words(text)
+    words = _PROMPT if write and text is None else _words(text)
     loaded, tokenizer = load(model, device, dtype)
     from .text.streaming import TokenStream, trained_length
 
-    lap = _lap(words, text, tokenizer, trained_length(loaded), write) if words is not None else []
+    lap = _lap(words, text, tokenizer, trained_length(loaded)) if words is not None else []
     source: Iterable[int] = (
         chain(lap, cycle(lap[_begins(lap, tokenizer) :])) if words is not None else _typed(tokenizer)
     )
@@ -128,11 +128,11 @@ def _words(text: str | None) -> str | None:
     return read_text(text)
 
 
-def _lap(words: str, text: str | None, tokenizer: Any, trained: int | None, write: bool) -> list[int]:
+def _lap(words: str, text: str | None, tokenizer: Any, trained: int | None) -> list[int]:
     """Token ids of the text, with the beginning-of-sequence token where the tokenizer wants one."""
     from .text import encode
 
-    most = None if text is not None else _PROMPT if write else trained or _LAP
+    most = None if text is not None else trained or _LAP
     try:
         return encode(tokenizer, words, max_length=most).tolist()
     except DataError as error:
