@@ -198,6 +198,20 @@ def test_a_stream_can_be_left_and_gone_on_with(mini_lm):
     assert [stretch.tokens for stretch in islice(one.read([1, 2, 3], every=2), 2)] == [9, 10]
 
 
+def test_a_stream_rewinds_its_positions(mini_lm, monkeypatch):
+    from kvsieve.text import encode
+
+    model, tokenizer = mini_lm
+    ids, policy = encode(tokenizer, WORDS, max_length=200).tolist(), kvsieve.get_policy("h2o", budget=48)
+    plain, rewound = TokenStream(model, policy), TokenStream(model, policy)
+    (want,) = plain.read(ids, chunk=8, every=200)
+    monkeypatch.setattr("kvsieve.text.streaming._REWIND", 90)
+    (got,) = rewound.read(ids, chunk=8, every=200)
+    assert got.losses.tolist() == pytest.approx(want.losses.tolist(), abs=1e-3)
+    assert (plain.cache.next_position, rewound.cache.next_position) == (200, 56)  # it began anew at 96, 144 and 192
+    assert got.reach == want.reach == 56
+
+
 def test_what_a_stream_refuses(mini_lm):
     import torch
 

@@ -146,7 +146,7 @@ class KVLayer:
             )
         position = torch.arange(self.seen, self.seen + t, dtype=torch.int32, device=keys.device)
         new = {KEY: keys, VALUE: values, POSITION: position.expand(b, h, t)}
-        if self.positions == "contiguous":
+        if self.positions == "contiguous" or PLACE in self.store.columns:
             place = torch.arange(self.next_place, self.next_place + t, dtype=torch.int32, device=keys.device)
             new[PLACE] = place.expand(b, h, t)
         self.next_place += t
@@ -241,8 +241,8 @@ class KVLayer:
             self._decide(self._view(replace(latest, collected=None)))
 
     def place(self, length: int) -> None:
-        """Rotate what is held to the positions up to `length`, without gaps, and go on from there. For
-        `positions="contiguous"`; layers and heads that hold less than `length` begin later."""
+        """Rotate what is held to the positions up to `length`, without gaps, and go on from there. For `"contiguous"`
+        positions, now and then for `"slot"`; layers and heads that hold less than `length` begin later."""
         assert self.rope is not None
         moved, self.next_place = length - self.next_place, length
         if not self.seen:
@@ -315,7 +315,7 @@ class KVLayer:
     def attended_keys(self) -> Tensor:
         """Keys as attention sees them: `[B, Hkv, N, D]` of a dense store, `[total, D]` of a ragged one."""
         if self.positions == "slot" and self.rope is not None and self.evictions:
-            return placement.towards_newest(self.store, self.rope, self.seen)
+            return placement.towards_newest(self.store, self.rope, self.next_place - 1)
         return self.store.read(KEY) if isinstance(self.store, DenseStore) else self.store.columns[KEY]
 
     def attention_mass(self, view: LayerView, queries: Tensor, weights: Tensor | None, reduce: str) -> Tensor:

@@ -190,6 +190,37 @@ def test_past_the_trained_length_heads_may_differ(name):
     assert cache.report()["tokens_seen"] == [5 * TRAINED]
 
 
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "snapkv", "adakv_snapkv"])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_rewinding_changes_nothing_but_positions(name, chunk):
+    """What is held and what the model says stay the same when positions begin anew, before and after evictions."""
+    model, ids = llama("default"), models.words(2, 80)
+    caches = [SieveCache(model, policy(name, 10), positions="slot") for _ in range(2)]
+    for start in range(0, 80, chunk):
+        piece, rewound = ids[:, start : start + chunk], caches[1]
+        if start in (5, 35, 40, 65):
+            rewound.rewind()
+            rewound = caches[1] = copy.deepcopy(rewound)
+        places = torch.arange(chunk)[None] + rewound.next_position
+        with torch.no_grad():
+            want = model(input_ids=piece, past_key_values=caches[0]).logits
+            got = model(input_ids=piece, past_key_values=rewound, position_ids=places.expand(2, -1)).logits
+        torch.testing.assert_close(got, want, rtol=0, atol=3e-4)  # cosines and sines are float32
+        for layer in range(2):
+            assert torch.equal(rewound.kept_positions(layer), caches[0].kept_positions(layer))
+    assert caches[1].next_position < 40
+    assert caches[0].next_position == 80
+
+
+def test_what_cannot_be_rewound():
+    with pytest.raises(UnsupportedOperationError, match="slot"):
+        SieveCache(models.managed("llama"), policy("h2o", 8)).rewind()
+    with pytest.raises(UnsupportedOperationError, match="all managed"):
+        SieveCache(models.managed("gemma3"), policy("h2o", 8), positions="slot").rewind()
+    with pytest.raises(ValueError, match="reckons with the positions"):
+        SieveCache(models.managed("llama"), policy("expected_attention", 8), positions="slot").rewind()
+
+
 def test_nothing_evicted_is_nothing_shifted():
     inputs = models.prompt("llama", 1, 20)
     model = models.managed("llama")

@@ -27,6 +27,9 @@ from .likelihood import _losses
 
 __all__ = ["Stretch", "TokenStream", "resident_bytes", "trained_length"]
 
+_REWIND = 2**18
+"""Position at which slot positions begin anew. Models compute angles in float32, which there lie 1/32 apart."""
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -96,6 +99,9 @@ class TokenStream:
         self.model, self.trained = model, trained_length(model)
         self.cache = SieveCache(model, policy, positions=positions)
         self.tokens = 0
+        self._rewinds = (
+            positions == "slot" and not policy.scorer.wants_rope and len(self.cache.managed) == len(self.cache.layers)
+        )
         self._vocabulary = hf.text_config(model).vocab_size
         self._last: Tensor | None = None
         self._generator = torch.Generator(model.device).manual_seed(seed)
@@ -122,7 +128,13 @@ class TokenStream:
             )
         ids = ids.to(self.model.device)
         with torch.no_grad():  # not around a `yield`: it would be left switched on for the caller
-            logits: Tensor = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True).logits[0]
+            if self._rewinds and self.cache.next_position >= _REWIND:
+                self.cache.rewind()
+            start = self.cache.next_position
+            places = torch.arange(start, start + ids.numel(), device=ids.device)
+            logits: Tensor = self.model(
+                input_ids=ids[None], position_ids=places[None], past_key_values=self.cache, use_cache=True
+            ).logits[0]
             before = logits[:-1] if self._last is None else torch.cat([self._last, logits[:-1]])
             targets = ids[1:] if self._last is None else ids
             found = _losses(before, targets) if targets.numel() else logits.new_empty(0, dtype=torch.float64)
