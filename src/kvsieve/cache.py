@@ -131,10 +131,29 @@ class SieveCache(Cache):
 
     @property
     def next_position(self) -> int:
-        """Position of the next token to be fed: how many were fed, or, with `positions="contiguous"`, the first one
-        behind what is held."""
+        """Position of the next token to be fed: how many were fed; with `positions="contiguous"`, or since the last
+        `rewind`, counted from what was held then."""
         core = self.managed[0].core
-        return core.next_place if self.positions == "contiguous" else core.seen
+        return core.seen if self.positions == "original" else core.next_place
+
+    def rewind(self) -> None:
+        """For a stream of millions of tokens with `positions="slot"`: let what is held begin at position 0 again. From
+        then on `position_ids` that begin at `next_position` are to be fed. Models compute angles from positions in
+        float32, which are wrong where those no longer fit; a key is rounded once for every `rewind`.
+
+        Raises:
+            UnsupportedOperationError: other positions, or layers that are not managed and cannot follow.
+            PolicyError: the policy reckons with the positions tokens came with.
+        """
+        if self.positions != "slot" or len(self.managed) < len(self.layers):
+            raise UnsupportedOperationError('rewind() needs positions="slot" and a model whose layers are all managed')
+        if self.policy.scorer.wants_rope:
+            raise PolicyError(f"{self.policy.name} reckons with the positions tokens came with, which cannot go back")
+        cores = [layer.core for layer in self.managed]
+        for core in cores:
+            core.settle()
+        for core in cores:
+            core.place(max(core.store.longest for core in cores))
 
     def label(self, segment: int | None = None, kind: Tensor | None = None) -> None:
         """Say what the tokens of the next forward pass are.

@@ -14,6 +14,7 @@ from .cli_geometry import geometry
 from .cli_longbench import longbench
 from .cli_pictures import diff, report, visualize
 from .cli_ruler import ruler
+from .cli_stream import stream
 from .errors import KvsieveError
 
 __all__ = ["app", "main"]
@@ -237,7 +238,7 @@ def train_kvzap(
     typer.echo(f"Use it with: kvsieve compare --model {model} --kvzap-scorer-model {output_dir} --threshold match")
 
 
-for _command in (longbench, ruler, visualize, diff, report, geometry, dialogue):
+for _command in (longbench, ruler, visualize, diff, report, stream, geometry, dialogue):
     app.command()(_clear_errors(_command))
 
 

@@ -152,7 +152,7 @@ class KVLayer:
                 f"the cache holds {self.store.batch} sequences, the new tokens have {b}; reset() or use a new cache"
             )
         new = {KEY: keys, VALUE: values, POSITION: _count_up(self.seen, t, keys).expand(b, h, t)}
-        if self.positions == "contiguous":
+        if self.positions == "contiguous" or PLACE in self.store.columns:
             new[PLACE] = _count_up(self.next_place, t, keys).expand(b, h, t)
         self.next_place += t
         self.new_kind = kind
@@ -248,8 +248,8 @@ class KVLayer:
             self._decide(self._view(replace(latest, collected=None)))
 
     def place(self, length: int) -> None:
-        """Rotate what is held to the positions up to `length`, without gaps, and go on from there. For
-        `positions="contiguous"`; layers and heads that hold less than `length` begin later."""
+        """Rotate what is held to the positions up to `length`, without gaps, and go on from there. For `"contiguous"`
+        positions, now and then for `"slot"`; layers and heads that hold less than `length` begin later."""
         assert self.rope is not None
         moved, self.next_place = length - self.next_place, length
         if not self.seen:
@@ -328,7 +328,7 @@ class KVLayer:
     def attended_keys(self) -> Tensor:
         """Keys as attention sees them: `[B, Hkv, N, D]` of a dense store, `[total, D]` of a ragged one."""
         if self.positions == "slot" and self.rope is not None and self.evictions:
-            return placement.towards_newest(self.store, self.rope, self.seen)
+            return placement.towards_newest(self.store, self.rope, self.next_place - 1)
         return self.store.read(KEY) if isinstance(self.store, DenseStore) else self.store.columns[KEY]
 
     def attention_mass(self, view: LayerView, queries: Tensor, weights: Tensor | None, reduce: str) -> Tensor:

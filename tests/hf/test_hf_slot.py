@@ -145,6 +145,82 @@ def test_a_thousand_steps_do_not_drift(dtype):
     assert float((last[20] - last[1000]).abs().max()) < tolerance * scale
 
 
+TRAINED = 32
+"""Trained length of the models that read far more than that."""
+
+
+@pytest.mark.parametrize("chunk", [1, 12])
+def test_past_the_trained_length_a_fresh_model_reads_the_same(chunk):
+    """A model of one layer for 32 tokens reads 300. In such a model the key of a token depends on that token alone, so
+    another one, without a cache, that reads the tokens held and the new ones at positions 0 .. n-1 must see the same.
+    All of its rotations lie within the trained length."""
+    model, fresh = (models.build("llama", num_hidden_layers=1, max_position_embeddings=TRAINED) for _ in range(2))
+    ids, far = models.words(1, 300), 0.0
+    cache, plain = (SieveCache(model, policy("streaming_llm", 16), positions=how) for how in ("slot", "original"))
+    for start in range(0, 300, chunk):
+        new = torch.arange(start, start + chunk)
+        kept = torch.cat([cache.kept_positions(0)[0, 0], new]) if start else new
+        assert len(kept) <= min(TRAINED, 16 + chunk)
+        with torch.no_grad():
+            got = model(input_ids=ids[:, new], past_key_values=cache).logits
+            other = model(input_ids=ids[:, new], past_key_values=plain).logits
+            want = fresh(input_ids=ids[:, kept], position_ids=torch.arange(len(kept))[None], use_cache=False).logits
+        want = want[:, -chunk:]
+        assert float((got - want).abs().max()) < 2e-3 * float(want.abs().max())  # the angles of place 300 are float32
+        far = max(far, float((other - want).abs().max()))
+    assert cache.report()["evictions"] > 0
+    assert far > 0.5, "original positions would have passed as well"
+
+
+@pytest.mark.parametrize("name", ["h2o", "adakv_snapkv"])
+def test_past_the_trained_length_heads_may_differ(name):
+    """The same in two layers, where every head has tokens of its own, against the hand-written twin, whose rotations
+    are by 0 .. n-1 at every step."""
+    model = models.build("llama", torch.float64, max_position_embeddings=TRAINED)
+    ids, held, hand = models.words(1, 160), {}, oracle.HandLlama(model)
+    cache = SieveCache(model, policy(name, 12), positions="slot")
+    for start in range(0, 160, 4):
+        piece = ids[:, start : start + 4]
+        with torch.no_grad():
+            got = model(input_ids=piece, past_key_values=cache).logits
+        assert float((got - hand.step(piece, held)).abs().max()) < 1e-3
+        kept = [cache.kept_positions(layer) for layer in range(2)]
+        assert max(table.shape[-1] for table in kept) + 4 <= TRAINED
+        held = {layer: oracle.as_mask(table, start + 4) for layer, table in enumerate(kept)}
+    assert cache.report()["tokens_seen"] == [5 * TRAINED]
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "snapkv", "adakv_snapkv"])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_rewinding_changes_nothing_but_positions(name, chunk):
+    """What is held and what the model says stay the same when positions begin anew, before and after evictions."""
+    model, ids = llama("default"), models.words(2, 80)
+    caches = [SieveCache(model, policy(name, 10), positions="slot") for _ in range(2)]
+    for start in range(0, 80, chunk):
+        piece, rewound = ids[:, start : start + chunk], caches[1]
+        if start in (5, 35, 40, 65):
+            rewound.rewind()
+            rewound = caches[1] = copy.deepcopy(rewound)
+        places = torch.arange(chunk)[None] + rewound.next_position
+        with torch.no_grad():
+            want = model(input_ids=piece, past_key_values=caches[0]).logits
+            got = model(input_ids=piece, past_key_values=rewound, position_ids=places.expand(2, -1)).logits
+        torch.testing.assert_close(got, want, rtol=0, atol=3e-4)  # cosines and sines are float32
+        for layer in range(2):
+            assert torch.equal(rewound.kept_positions(layer), caches[0].kept_positions(layer))
+    assert caches[1].next_position < 40
+    assert caches[0].next_position == 80
+
+
+def test_what_cannot_be_rewound():
+    with pytest.raises(UnsupportedOperationError, match="slot"):
+        SieveCache(models.managed("llama"), policy("h2o", 8)).rewind()
+    with pytest.raises(UnsupportedOperationError, match="all managed"):
+        SieveCache(models.managed("gemma3"), policy("h2o", 8), positions="slot").rewind()
+    with pytest.raises(ValueError, match="reckons with the positions"):
+        SieveCache(models.managed("llama"), policy("expected_attention", 8), positions="slot").rewind()
+
+
 def test_nothing_evicted_is_nothing_shifted():
     inputs = models.prompt("llama", 1, 20)
     model = models.managed("llama")

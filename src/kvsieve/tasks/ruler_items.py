@@ -111,7 +111,7 @@ def read_text(file: str | Path) -> str:
     """A text file.
 
     Raises:
-        DataError: it is not there, or is not UTF-8.
+        DataError: it is not there, cannot be read, or is not UTF-8.
     """
     try:
         return Path(file).read_text(encoding="utf-8")
@@ -119,6 +119,8 @@ def read_text(file: str | Path) -> str:
         raise DataError(f"{file}: no such file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _reads_prose(name: str) -> bool:

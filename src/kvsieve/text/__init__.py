@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .likelihood import TextScore, encode, one_pass_reason, perplexity
     from .simple_evict import SimpleEvictConfig, build_simple_keep_token_idx, evict_dynamic_cache_inplace
+    from .streaming import Stretch, TokenStream
 
 __all__ = [
     "SimpleEvictConfig",
+    "Stretch",
     "TextScore",
+    "TokenStream",
     "build_simple_keep_token_idx",
     "encode",
     "evict_dynamic_cache_inplace",
@@ -27,6 +30,8 @@ _LAZY = {
     "perplexity": "likelihood",
     "build_simple_keep_token_idx": "simple_evict",
     "evict_dynamic_cache_inplace": "simple_evict",
+    "Stretch": "streaming",
+    "TokenStream": "streaming",
 }
 
 
