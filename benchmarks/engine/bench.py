@@ -35,7 +35,7 @@ class Bench:
         threads: of torch, where a measure does not ask for one.
         timed_by: `"cpu"`, `"wall"`, or `"auto"` for what `clock_for` chooses.
         peer: kvpress, or the reason why it is not there.
-        stream: tokens of the endless stream.
+        stream, long_stream: tokens of the endless streams, one at a time and in chunks.
         stream_method, stream_positions: its policy.
     """
 
@@ -45,6 +45,7 @@ class Bench:
     timed_by: str
     peer: Peer
     stream: int = 20_000
+    long_stream: int = 1_000_000
     stream_method: str = "h2o"
     stream_positions: str = "original"
     lines: list[Line] = field(default_factory=list)

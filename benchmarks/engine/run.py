@@ -34,6 +34,7 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
     "gpu": gpu.gpu,
 }
 STREAM, QUICK_STREAM = 20_000, 400
+LONG_STREAM, QUICK_LONG_STREAM = 1_000_000, 6_400
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,8 +47,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--clock", choices=("auto", "cpu", "wall"), default="auto", help="auto: processor time with one thread"
     )
-    made.add_argument("--stream-tokens", type=int, help=f"tokens of the endless stream ({STREAM})")
-    made.add_argument("--stream-method", default="h2o", help="its method (h2o)")
+    made.add_argument("--stream-tokens", type=int, help=f"tokens of the stream of single tokens ({STREAM})")
+    made.add_argument("--long-stream-tokens", type=int, help=f"tokens of the stream in chunks ({LONG_STREAM})")
+    made.add_argument("--stream-method", default="h2o", help="their method (h2o)")
     made.add_argument("--stream-positions", default="original", choices=("original", "slot"))
     made.add_argument("--peer", type=Path, default=peer.FOLDER, help="folder of the peer's environment (.venv-peer)")
     made.add_argument("--output", type=Path, help="Markdown page to write; by default only for a full run")
@@ -99,6 +101,7 @@ def main(words: Sequence[str] | None = None, default_output: Path | None = None)
         timed_by=given.clock,
         peer=beside,
         stream=given.stream_tokens or (QUICK_STREAM if given.quick else STREAM),
+        long_stream=given.long_stream_tokens or (QUICK_LONG_STREAM if given.quick else LONG_STREAM),
         stream_method=given.stream_method,
         stream_positions=given.stream_positions,
     )

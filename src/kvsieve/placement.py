@@ -49,8 +49,15 @@ def _newer_held(store: Store) -> Tensor:
 
 
 def _rotated(store: Store, rope: Rotary, shift: Tensor) -> Tensor:
-    """Keys rotated on by `shift` `[B, Hkv, N]`, as the store lays them out."""
+    """Keys rotated on by `shift` `[B, Hkv, N]`, as the store lays them out. Most keys of a stream that keeps the newest
+    tokens do not move; they are copied."""
     if isinstance(store, DenseStore):
-        return rope.shift(store.read(KEY), shift)
-    assert isinstance(store, RaggedStore)
-    return rope.shift(store.columns[KEY][None, None], store.flat(shift)[None, None])[0, 0]
+        keys = store.read(KEY)
+    else:
+        assert isinstance(store, RaggedStore)
+        keys, shift = store.columns[KEY], store.flat(shift)
+    moving = shift.nonzero(as_tuple=True)
+    out = keys.clone()
+    if len(moving[0]):
+        out[moving] = rope.shift(keys[moving][None, None], shift[moving][None, None])[0, 0]
+    return out
