@@ -173,6 +173,8 @@ class Policy:
         return torch.tensor(self._count_list(view), dtype=torch.long)
 
     def _count_list(self, view: LayerView) -> list[int]:
+        if type(self.budget) is Tokens and type(self.share) is Uniform:
+            return [self.budget.n] * view.positions.shape[0]
         rows = []
         for amount, seen in zip(self.budget.amounts(view), view.real_seen, strict=True):
             count = self.budget.counts(amount) if math.isfinite(amount) else seen

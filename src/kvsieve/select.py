@@ -103,6 +103,16 @@ def _largest(values: Tensor, ranks: Tensor) -> Tensor:
 
 def lowest_slot(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
     """`[B, Hkv]` slot of the lowest score of every head among slots that are not `closed`; the oldest among equals."""
+    if scores.device.type == "cpu":  # a few thousand numbers per decode step, in a third of the time
+        table = np.where(closed.numpy(), np.inf, scores.detach().numpy())
+        lowest, slots = table.min(-1, keepdims=True), table.argmin(-1)
+        if np.count_nonzero(table == lowest) == slots.size and lowest.max() < np.inf:
+            return torch.from_numpy(slots)
+    return _lowest_slot(scores, positions, closed)
+
+
+def _lowest_slot(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
+    """`lowest_slot` where scores may be equal, and on other devices."""
     worth = scores.masked_fill(closed, float("inf"))
     tied = (worth == worth.amin(-1, keepdim=True)).logical_and_(~closed)
     return torch.where(tied, positions, torch.iinfo(positions.dtype).max).argmin(-1)
