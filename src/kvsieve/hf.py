@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -54,6 +55,16 @@ class _Expected(threading.local):
 
 
 _expected = _Expected()
+
+
+class _Traced:
+    """The same while a graph is traced, where neither a tag on a tensor nor a thread of its own can be seen. Outside of
+    tracing it is empty; tracing goes one at a time."""
+
+    layer: SieveLayer | None = None
+
+
+_traced = _Traced()
 
 
 class MaskSpec:
@@ -101,16 +112,30 @@ class MaskSpec:
         return self
 
 
-def _mask_function(*args: Any, **kwargs: Any) -> MaskSpec:
+def _mask_function(*args: Any, **kwargs: Any) -> MaskSpec | None:
     if args:
         raise UnsupportedModelError("this version of transformers passes masks in a way kvsieve does not know")
+    if isinstance(kwargs.get("kv_offset"), Tensor) and kwargs["mask_function"] is causal_mask_function:
+        return _no_mask(kwargs.get("attention_mask"))
     _expected.layer = None  # a new forward pass: an older one that was interrupted expects nothing any more
     made = kwargs.get("attention_mask")
     return made if isinstance(made, MaskSpec) else MaskSpec(**kwargs)
 
 
+def _no_mask(mask: Any) -> None:
+    """For one token over slots of fixed capacity, which know themselves what they hold. Only the new token's own entry
+    in a 2-D mask counts; in a graph it is taken to be real."""
+    if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and not bool(mask[:, -1].all()):
+        raise UnsupportedOperationError(
+            "a cache of fixed capacity takes padding in prompts only, not for a single token; use SieveCache"
+        )
+
+
 def tag(keys: Tensor, values: Tensor, layer: SieveLayer) -> None:
     """Mark what `layer` hands to the model, and expect its attention next."""
+    if torch.compiler.is_compiling():
+        _traced.layer = layer
+        return
     setattr(keys, TAG, layer)
     setattr(values, TAG, layer)
     _expected.layer = weakref.ref(layer)
@@ -119,9 +144,13 @@ def tag(keys: Tensor, values: Tensor, layer: SieveLayer) -> None:
 def _attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    layer: SieveLayer | None = getattr(key, TAG, None)
-    expected = None if _expected.layer is None else _expected.layer()
-    _expected.layer = None
+    layer: SieveLayer | None
+    if torch.compiler.is_compiling():
+        layer, _traced.layer, expected = _traced.layer, None, None
+    else:
+        layer = getattr(key, TAG, None)
+        expected = None if _expected.layer is None else _expected.layer()
+        _expected.layer = None
     index = getattr(module, "layer_idx", None)
     if layer is not None:
         if index is not None and index != layer.core.layer_idx:

@@ -34,6 +34,7 @@ class Scorer:
         wants_hidden: the host must hand over the attention block's input (`view.hidden`).
         wants_rope: the host must hand over the rotary embedding (`view.rope`).
         history: the scorer sums over queries, so cropping a cache cannot be undone exactly.
+        tensors_only: `observe` and `score` take the same steps whatever the tensors hold, so that a graph can follow.
     """
 
     name: ClassVar[str]
@@ -41,6 +42,7 @@ class Scorer:
     wants_hidden: ClassVar[bool] = False
     wants_rope: ClassVar[bool] = False
     history: ClassVar[bool] = False
+    tensors_only: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -57,6 +59,11 @@ class Scorer:
         """`"sum"` or `"max"` if the attention of the new queries, so reduced, is needed after every forward pass: a
         host that computes attention itself then counts it on the way. Empty otherwise."""
         return ""
+
+    @property
+    def remembers(self) -> int:
+        """How many queries `observe` asks `view.remember_queries` to keep; 0 for a scorer that does not."""
+        return 0
 
     @property
     def fixed(self) -> bool:

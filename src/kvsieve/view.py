@@ -114,6 +114,11 @@ class LayerView:
         return self._layer.plain
 
     @property
+    def alike(self) -> bool:
+        """Whether all heads of a row hold the same tokens in the same slots."""
+        return bool((self.positions == self.positions[:, :1]).all())
+
+    @property
     def real_seen(self) -> Tensor:
         """`[B]` int64 on the CPU: real tokens seen by every row, padding not counted."""
         return self._layer.real_seen

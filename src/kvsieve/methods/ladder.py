@@ -34,6 +34,7 @@ class Ladder(Scorer):
 
     name: ClassVar[str] = "ladder"
     source: ClassVar[str] = "LaCache, arXiv 2507.14204, section 3.2"
+    tensors_only: ClassVar[bool] = False
 
     span: int | None = None
     overlap: int | None = None
@@ -81,7 +82,7 @@ class Ladder(Scorer):
             view.state["cursor"] = torch.full((view.positions.shape[0],), self.n_sink)
 
     def score(self, view: LayerView) -> Tensor:
-        if bool((view.positions != view.positions[:, :1]).any()):
+        if not view.alike:
             raise PolicyError("ladder chooses the same tokens for all heads of a layer; use it with share='uniform'")
         held, leaving = view.valid[:, 0], view.column("leaving")[:, 0] > 0
         loose = (held & leaving & ~view.protected[:, 0]).sum(-1)
