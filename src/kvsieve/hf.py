@@ -153,12 +153,12 @@ def _attention_function(
         _expected.layer = None
     index = getattr(module, "layer_idx", None)
     if layer is not None:
-        if index is not None and index != layer.core.layer_idx:
+        if index is not None and index != layer.layer_idx:
             raise UnsupportedModelError(
                 f"{type(module).__name__} attends to the keys of another layer of the cache, which is not supported"
             )
         return layer.attention(module, query, key, value, attention_mask, **kwargs), None
-    if expected is not None and expected.core.layer_idx == index and isinstance(attention_mask, MaskSpec | None):
+    if expected is not None and expected.layer_idx == index and isinstance(attention_mask, MaskSpec | None):
         raise UnsupportedModelError(
             f"{type(module).__name__} changes its keys after the cache has stored them, so what attention sees cannot "
             "be evicted"

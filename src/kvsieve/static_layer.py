@@ -14,7 +14,7 @@ from .budgets import Tokens
 from .cache_layer import SieveLayer
 from .errors import ScoreError, UnsupportedModelError, UnsupportedOperationError
 from .layer import KVLayer
-from .ledger import KEY, VALUE
+from .ledger import KEY, POSITION, VALUE
 from .select import check_scores, lowest_slot
 from .slots import SlotStore
 from .view import LayerView
@@ -89,6 +89,16 @@ class SlotView(LayerView):
         self.seen, self.new = cast(int, slots.length), 1  # a tensor, which does in arithmetic what the number would
         self.first, self.segment = slots.first, 0
         self.state = dict(slots.state)
+        self.positions, self.real = slots.read(POSITION), slots.live
+        self.keys, self.values = slots.read(KEY), slots.read(VALUE)
+
+    @property
+    def protected(self) -> Tensor:  # type: ignore[override]
+        return self._layer.policy.protect.mask(self)
+
+    @property
+    def valid(self) -> Tensor:  # type: ignore[override]
+        return self.real
 
     @property
     def plain(self) -> bool:
@@ -162,6 +172,10 @@ class StaticSieveLayer(SieveLayer):
     @core.setter
     def core(self, core: KVLayer) -> None:
         self._core = core
+
+    @property
+    def layer_idx(self) -> int:
+        return self._core.layer_idx
 
     @property
     def wants_hidden(self) -> bool:
