@@ -39,11 +39,12 @@ def build(family: str, size: Size) -> PreTrainedModel:
     """A model of the family with random weights, in evaluation mode."""
     torch.manual_seed(0)
     name = FAMILIES[family]
+    own = {"head_dim": size.head_dim} if name == "Qwen3" else {}
     config = getattr(transformers, f"{name}Config")(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
         num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
         max_position_embeddings=131_072, initializer_range=0.2, sliding_window=None,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, **({"head_dim": size.head_dim} if name == "Qwen3" else {}),
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, **own,
     )  # fmt: skip
     return getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
 

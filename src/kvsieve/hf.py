@@ -116,15 +116,16 @@ def _mask_function(*args: Any, **kwargs: Any) -> MaskSpec | None:
     if args:
         raise UnsupportedModelError("this version of transformers passes masks in a way kvsieve does not know")
     if isinstance(kwargs.get("kv_offset"), Tensor) and kwargs["mask_function"] is causal_mask_function:
-        return _no_mask(kwargs.get("attention_mask"))
+        _check_real(kwargs.get("attention_mask"))
+        return None
     _expected.layer = None  # a new forward pass: an older one that was interrupted expects nothing any more
     made = kwargs.get("attention_mask")
     return made if isinstance(made, MaskSpec) else MaskSpec(**kwargs)
 
 
-def _no_mask(mask: Any) -> None:
-    """For one token over slots of fixed capacity, which know themselves what they hold. Only the new token's own entry
-    in a 2-D mask counts; in a graph it is taken to be real."""
+def _check_real(mask: Any) -> None:
+    """Raise if the one new token is padding. Slots of fixed capacity know themselves what they hold, so nothing else in
+    a 2-D mask counts; in a graph the token is taken to be real."""
     if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and not bool(mask[:, -1].all()):
         raise UnsupportedOperationError(
             "a cache of fixed capacity takes padding in prompts only, not for a single token; use SieveCache"

@@ -65,17 +65,20 @@ class SlotStore(Store):
     def fits(self, source: Store, state: Columns) -> bool:
         """Whether these slots can hold what `source` holds, and these buffers `state`."""
 
-        def shapes(columns: Columns, numbers: bool = False) -> dict[str, object]:
+        def kinds(columns: Columns) -> dict[str, object]:
             return {
-                name: (buffer.dtype, buffer.device, buffer.shape[-1] if name in (KEY, VALUE) else buffer.shape * numbers)
+                name: (buffer.dtype, buffer.device, buffer.shape[-1] if name in (KEY, VALUE) else 1)
                 for name, buffer in columns.items()
                 if name not in _DROPPED
             }
 
+        def shapes(columns: Columns) -> dict[str, object]:
+            return {name: (tensor.dtype, tensor.device, tensor.shape) for name, tensor in columns.items()}
+
         return (
             (self.batch, self.heads) == (source.batch, source.heads)
-            and shapes(self.columns) == shapes(source.columns)
-            and shapes(self.state, True) == shapes(state, True)
+            and kinds(self.columns) == kinds(source.columns)
+            and shapes(self.state) == shapes(state)
         )
 
     def fill(self, source: Store, state: Columns, seen: int, first: Tensor) -> None:

@@ -65,8 +65,9 @@ class StaticSieveCache(SieveCache):
     def save(self, path: str) -> None:
         """Write the cache to one safetensors file, to go on later with `load`. The next forward pass, here and there,
         must not be compiled; that of `generate` is not."""
-        for layer in self.layers:
-            layer.save_ready()
+        for layer in self.managed:
+            if isinstance(layer, StaticSieveLayer):
+                layer.leave()
         super().save(path)
 
 

@@ -93,11 +93,11 @@ class SlotView(LayerView):
         self.keys, self.values = slots.read(KEY), slots.read(VALUE)
 
     @property
-    def protected(self) -> Tensor:  # type: ignore[override]
+    def protected(self) -> Tensor:
         return self._layer.policy.protect.mask(self)
 
     @property
-    def valid(self) -> Tensor:  # type: ignore[override]
+    def valid(self) -> Tensor:
         return self.real
 
     @property
@@ -162,7 +162,7 @@ class StaticSieveLayer(SieveLayer):
         self._before = (0, 0)
 
     @property
-    def core(self) -> KVLayer:  # type: ignore[override]
+    def core(self) -> KVLayer:
         """The layer; what a decode step counts in tensors is read off first."""
         slots = self._active()
         if slots is not None:
@@ -207,8 +207,9 @@ class StaticSieveLayer(SieveLayer):
         self._before = (core.evictions, core.evicted_at)
         core.store, core.state = slots, dict(slots.state)
 
-    def _leave(self) -> None:
-        """Move what the slots hold back into storage that can take any number of tokens."""
+    def leave(self) -> None:
+        """Move what the slots hold back into storage that can take any number of tokens; the next forward pass returns
+        it, and must not be compiled."""
         slots = self._active()
         if slots is not None:
             self._read_off(slots)
@@ -245,7 +246,7 @@ class StaticSieveLayer(SieveLayer):
                     "only steps of one token behind a prompt can be compiled; feed the prompt to the model itself, as "
                     "generate() does"
                 )
-            self._leave()
+            self.leave()
             return super().update(key_states, value_states, *args, **kwargs)
         if self._awaiting:
             raise UnsupportedModelError(
@@ -331,10 +332,6 @@ class StaticSieveLayer(SieveLayer):
         self._core.reset()
         self._step = None
         super().reset()
-
-    def save_ready(self) -> None:
-        """Leave the slots, so that the layer can be stored. The next forward pass must not be compiled."""
-        self._leave()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StaticSieveLayer:
         twin = copy.copy(self)
