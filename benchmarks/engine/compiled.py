@@ -14,7 +14,7 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, Stopp
 from kvsieve import SieveCache, StaticSieveCache, get_policy
 
 from .bench import Bench
-from .lines import Line, number
+from .lines import Line
 from .models import Size, token_ids
 from .timing import Clock, take_turns
 
@@ -93,7 +93,7 @@ def measure(bench: Bench, family: str, backend: str) -> None:
         detail = f"{2 + bench.repeats} texts"
         bench.add(Line("compile", f"{what}: graphs", graphs, unit="", target=1.0, detail=detail))
         bench.add(Line("compile", f"{what}: graph breaks", breaks, unit="", target=0.0, detail=detail))
-        words = f"of {number(2 * NEW)}, against SieveCache of the same policy"
+        words = f"of {2 * NEW}, against SieveCache of the same policy"
         bench.add(Line("compile", f"{what}: differing tokens", differing, unit="", target=0.0, detail=words))
         bench.ratio(
             "compile", f"{what}: decode step, against SieveCache without compiling", found, "compiled", "eager",

@@ -145,13 +145,13 @@ def tag(keys: Tensor, values: Tensor, layer: SieveLayer) -> None:
 def _attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    layer: SieveLayer | None
-    if torch.compiler.is_compiling():
-        layer, _traced.layer, expected = _traced.layer, None, None
-    else:
+    layer: SieveLayer | None = _traced.layer if torch.compiler.is_compiling() else None
+    if layer is None:
         layer = getattr(key, TAG, None)
         expected = None if _expected.layer is None else _expected.layer()
         _expected.layer = None
+    else:
+        expected = _traced.layer = None
     index = getattr(module, "layer_idx", None)
     if layer is not None:
         if index is not None and index != layer.layer_idx:

@@ -129,7 +129,7 @@ class SlotStore(Store):
 
     @property
     def longest(self) -> int:
-        return self.capacity
+        return int(self.live.sum(-1).max())
 
     @property
     def tokens(self) -> int:

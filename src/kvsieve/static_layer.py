@@ -241,13 +241,7 @@ class StaticSieveLayer(SieveLayer):
         """Store new keys and values `[B, Hkv, T, D]`: one token into its slot, several as `SieveLayer` does."""
         slots = self._active()
         if slots is None or key_states.shape[2] != 1 or self.record_past:
-            if torch.compiler.is_compiling():
-                raise UnsupportedOperationError(
-                    "only steps of one token behind a prompt can be compiled; feed the prompt to the model itself, as "
-                    "generate() does"
-                )
-            self.leave()
-            return super().update(key_states, value_states, *args, **kwargs)
+            return self._take_outside_of_graphs(key_states, value_states, *args, **kwargs)
         if self._awaiting:
             raise UnsupportedModelError(
                 f"layer {self._core.layer_idx} received a new token, but the attention over the last one never came "
@@ -280,10 +274,9 @@ class StaticSieveLayer(SieveLayer):
         """Exact attention over what is held, `[B, T, H, Dv]`; then statistics and eviction."""
         slots, keys = self.slots, self._step
         if slots is None or keys is None:
-            out = super().attention(module, query, key, value, mask, dropout, scaling, softcap, s_aux, **kwargs)
-            if not self._core.pending:
-                self._enter()
-            return out
+            return self._attend_outside_of_graphs(
+                module, query, key, value, mask, dropout, scaling, softcap=softcap, s_aux=s_aux, **kwargs
+            )
         if not torch.compiler.is_compiling():  # what cannot be seen in a graph, the prompt has shown
             self._check_call(module, value, dropout, kwargs)
         if mask is not None:
@@ -311,6 +304,20 @@ class StaticSieveLayer(SieveLayer):
         self.hidden = self._step = None
         self._awaiting = False
         return out.transpose(1, 2).contiguous()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _take_outside_of_graphs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`update` outside of the slots; no graph goes through here."""
+        self.leave()
+        return super().update(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _attend_outside_of_graphs(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`attention` outside of the slots, and into them where nothing is held back."""
+        out = super().attention(*args, **kwargs)
+        if not self._core.pending:
+            self._enter()
+        return out
 
     # ---- what generation calls
 

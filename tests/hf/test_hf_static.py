@@ -11,7 +11,7 @@ import pytest
 import scenarios
 import torch
 from torch import Tensor
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import models
 from kvsieve import (
@@ -327,10 +327,31 @@ def test_nan_raises_at_once_or_at_the_next_look(flat: PreTrainedModel, spoilt: P
     assert static.report()["tokens_seen"] == []
 
 
-def test_a_prompt_is_not_compiled(flat: PreTrainedModel) -> None:
-    static = StaticSieveCache(flat, policy("knorm"))
-    with compiled(Graphs.run), pytest.raises(Exception, match="only steps of one token"), torch.no_grad():
-        torch.compile(flat, backend="eager", fullgraph=True)(models.words(1, 9), past_key_values=static)
+def test_prompts_stay_outside_of_graphs(flat: PreTrainedModel) -> None:
+    inputs, chunked = models.prompt("llama", 2, 40), {"prefill_chunk_size": 15}
+    dynamic, static = SieveCache(flat, policy("h2o")), StaticSieveCache(flat, policy("h2o"))
+    want = flat.generate(**inputs, past_key_values=dynamic, max_new_tokens=8, **OUTPUT, **chunked)
+    with compiled(Graphs.run) as how:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="outside_of_graphs"):
+            flat.generate(**inputs, past_key_values=static, **OUTPUT, **chunked, **how)
+        static.reset()
+        how["compile_config"].fullgraph = False
+        got = flat.generate(**inputs, past_key_values=static, max_new_tokens=8, **OUTPUT, **chunked, **how)
+        check_same(dynamic, static, want, got, within=1e-3)
+
+
+def test_stock_caches_of_the_same_model_compile_as_before(flat: PreTrainedModel) -> None:
+    inputs = models.prompt("llama", 2, 14)
+
+    def stock() -> StaticCache:
+        return StaticCache(flat.config, max_cache_len=32)
+
+    StaticSieveCache(flat, policy("knorm"))
+    want = flat.generate(**inputs, past_key_values=stock(), max_new_tokens=8, do_sample=False)
+    with compiled(Graphs.run) as how:
+        got = flat.generate(**inputs, past_key_values=stock(), max_new_tokens=8, do_sample=False, **how)
+        assert Graphs.count == 1
+    assert torch.equal(got, want)
 
 
 # ---- refusals
