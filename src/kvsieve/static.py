@@ -23,10 +23,10 @@ class StaticSieveCache(SieveCache):
 
     Prompts, and whatever feeds several tokens at once, run as in `SieveCache` and break a graph. What follows one token
     at a time keeps, evicts and generates the same as there; `generate` compiles it by itself where it compiles (on a
-    GPU, or with a `CompileConfig`; leave out `prefill_chunk_size`, which compiles prompts too). `reset` leaves the slots
-    where they are, and what was compiled for them goes on. NaN scores cannot raise in a graph: they do when the cache
-    is looked at next (`report`, `kept_positions`, the next prompt). Beams and guessed tokens move the cache out of its
-    slots and back, which is exact and slow.
+    GPU, or with a `CompileConfig`; leave out `prefill_chunk_size`, which compiles prompts too). `reset` leaves the
+    slots where they are, and what was compiled for them goes on. NaN scores cannot raise in a graph: they do when the
+    cache is looked at next (`report`, `kept_positions`, the next prompt). Beams and guessed tokens move the cache out
+    of its slots and back, which is exact and slow.
 
     Args:
         model: a decoder-only model all of whose layers attend to everything.

@@ -88,6 +88,15 @@ def test_logits_in_single_precision() -> None:
     check_same(*found, within=1e-5 * max(scale, 1.0))
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "gemma2", "gpt_oss"])
+def test_pictures_softcap_and_sinks(family: str) -> None:
+    all_full = {"layer_types": ["full_attention"] * 4} if family in models.EAGER else {}
+    model = models.build(family, **all_full)
+    found = both(model, policy("h2o", family=family), models.prompt(family, 2, 30), new=12)
+    scale = max(float(step.abs().max()) for step in found[2].logits)
+    check_same(*found, within=1e-5 * max(scale, 1.0))
+
+
 @pytest.mark.parametrize("name", ["h2o", "random", "snapkv", "sink_recent_uniform", "expected_attention", "keydiff"])
 def test_rows_with_padding_fill_up_one_by_one(name: str) -> None:
     model = models.managed("llama", torch.float64)
@@ -333,7 +342,7 @@ def test_prompts_stay_outside_of_graphs(flat: PreTrainedModel) -> None:
     want = flat.generate(**inputs, past_key_values=dynamic, max_new_tokens=8, **OUTPUT, **chunked)
     with compiled(Graphs.run) as how:
         with pytest.raises(torch._dynamo.exc.Unsupported, match="outside_of_graphs"):
-            flat.generate(**inputs, past_key_values=static, **OUTPUT, **chunked, **how)
+            flat.generate(**inputs, past_key_values=static, max_new_tokens=8, **OUTPUT, **chunked, **how)
         static.reset()
         how["compile_config"].fullgraph = False
         got = flat.generate(**inputs, past_key_values=static, max_new_tokens=8, **OUTPUT, **chunked, **how)
