@@ -257,11 +257,11 @@ class Graphs:
 
 
 @contextmanager
-def compiled(backend: Any) -> Iterator[dict[str, Any]]:
-    """Settings that make `generate` compile in one graph or fail."""
+def compiled(backend: Any, fullgraph: bool = True) -> Iterator[dict[str, Any]]:
+    """Settings that make `generate` compile, in one graph or not at all with `fullgraph`."""
     torch._dynamo.reset()
     Graphs.count = 0
-    config = CompileConfig(fullgraph=True, backend=backend, mode="default")
+    config = CompileConfig(fullgraph=fullgraph, backend=backend, mode="default")
     config._compile_all_devices = True
     try:
         yield {"compile_config": config}
@@ -340,11 +340,10 @@ def test_prompts_stay_outside_of_graphs(flat: PreTrainedModel) -> None:
     inputs, chunked = models.prompt("llama", 2, 40), {"prefill_chunk_size": 15}
     dynamic, static = SieveCache(flat, policy("h2o")), StaticSieveCache(flat, policy("h2o"))
     want = flat.generate(**inputs, past_key_values=dynamic, max_new_tokens=8, **OUTPUT, **chunked)
-    with compiled(Graphs.run) as how:
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="outside_of_graphs"):
-            flat.generate(**inputs, past_key_values=static, max_new_tokens=8, **OUTPUT, **chunked, **how)
-        static.reset()
-        how["compile_config"].fullgraph = False
+    with compiled(Graphs.run) as how, pytest.raises(torch._dynamo.exc.Unsupported, match="outside_of_graphs"):
+        flat.generate(**inputs, past_key_values=static, max_new_tokens=8, **OUTPUT, **chunked, **how)
+    static.reset()
+    with compiled(Graphs.run, fullgraph=False) as how:
         got = flat.generate(**inputs, past_key_values=static, max_new_tokens=8, **OUTPUT, **chunked, **how)
         check_same(dynamic, static, want, got, within=1e-3)
 
