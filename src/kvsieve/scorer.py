@@ -34,7 +34,6 @@ class Scorer:
         wants_hidden: the host must hand over the attention block's input (`view.hidden`).
         wants_rope: the host must hand over the rotary embedding (`view.rope`).
         history: the scorer sums over queries, so cropping a cache cannot be undone exactly.
-        tensors_only: `observe` and `score` take the same steps whatever the tensors hold, so that a graph can follow.
     """
 
     name: ClassVar[str]
@@ -42,7 +41,6 @@ class Scorer:
     wants_hidden: ClassVar[bool] = False
     wants_rope: ClassVar[bool] = False
     history: ClassVar[bool] = False
-    tensors_only: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -59,6 +57,12 @@ class Scorer:
         """`"sum"` or `"max"` if the attention of the new queries, so reduced, is needed after every forward pass: a
         host that computes attention itself then counts it on the way. Empty otherwise."""
         return ""
+
+    @property
+    def tensors_only(self) -> bool:
+        """Whether `observe` and `score` take the same steps whatever the tensors hold, and touch nothing but tensors, so
+        that a graph can follow them."""
+        return True
 
     @property
     def remembers(self) -> int:

@@ -12,7 +12,7 @@ from . import hf
 from .attention import attend, attend_few, attention_mass
 from .budgets import Tokens
 from .cache_layer import SieveLayer
-from .errors import ScoreError, UnsupportedModelError, UnsupportedOperationError
+from .errors import PolicyError, ScoreError, UnsupportedModelError, UnsupportedOperationError
 from .layer import KVLayer
 from .ledger import KEY, POSITION, VALUE
 from .select import check_scores, lowest_slot
@@ -143,6 +143,11 @@ class SlotView(LayerView):
         return torch.ones(self.positions.shape, device=self.positions.device)
 
     def remember_queries(self, count: int) -> Tensor:
+        if self.state[QUERIES].shape[2] != count:
+            raise PolicyError(
+                f"{self._layer.policy.name} remembers {count} queries; in a cache of fixed capacity it has to say so "
+                "beforehand (`remembers`)"
+            )
         kept = torch.cat([self.state[QUERIES], self.queries], 2)[:, :, -count:]
         self.state[QUERIES] = kept
         return kept

@@ -383,6 +383,7 @@ def test_stock_caches_of_the_same_model_compile_as_before(flat: PreTrainedModel)
         (lambda: get_policy("knorm", budget=24, protect=Protect(kinds=(2,))), "by position"),
         (lambda: get_policy("ladder", budget=24), "tensors alone"),
         (lambda: get_policy("lagkv", budget=24), "tensors alone"),
+        (lambda: get_policy("kvzap", budget=200, scorer="somewhere/else"), "tensors alone"),
         (lambda: "knorm", "must be a Policy"),
     ],
 )

@@ -34,7 +34,6 @@ class Ladder(Scorer):
 
     name: ClassVar[str] = "ladder"
     source: ClassVar[str] = "LaCache, arXiv 2507.14204, section 3.2"
-    tensors_only: ClassVar[bool] = False
 
     span: int | None = None
     overlap: int | None = None
@@ -47,6 +46,10 @@ class Ladder(Scorer):
             raise PolicyError("ladder: overlap and n_sink must be zero or more")
         if self.span is not None and self.overlap is not None and self.overlap >= self.span:
             raise PolicyError(f"ladder: overlap={self.overlap} must be below span={self.span}")
+
+    @property
+    def tensors_only(self) -> bool:
+        return False
 
     def default_protect(self) -> Protect:
         return Protect(sink=self.n_sink)

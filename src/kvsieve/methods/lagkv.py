@@ -29,7 +29,6 @@ class LagKV(Scorer):
 
     name: ClassVar[str] = "lagkv"
     source: ClassVar[str] = "arXiv 2504.04704, section 2"
-    tensors_only: ClassVar[bool] = False
 
     n_sink: int = 4
     lag_size: int = 128
@@ -38,6 +37,10 @@ class LagKV(Scorer):
     def __post_init__(self) -> None:
         if self.n_sink < 0 or self.lag_size < 1:
             raise PolicyError("lagkv: n_sink must be zero or more and lag_size 1 or more")
+
+    @property
+    def tensors_only(self) -> bool:
+        return False
 
     def default_protect(self) -> Protect:
         return Protect(sink=self.n_sink)
