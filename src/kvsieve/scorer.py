@@ -60,8 +60,8 @@ class Scorer:
 
     @property
     def tensors_only(self) -> bool:
-        """Whether `observe` and `score` take the same steps whatever the tensors hold, and touch nothing but tensors, so
-        that a graph can follow them."""
+        """Whether `observe` and `score` take the same steps whatever the tensors hold, and touch nothing else, so that
+        a graph can follow them."""
         return True
 
     @property

@@ -86,8 +86,8 @@ def _check_policy(policy: Policy) -> None:
         reason = "protection by position, such as protect=Protect(sink=4), not by kinds or segments of tokens"
     elif not scorer.tensors_only:
         reason = (
-            "scores made of tensors alone, but this method decides token by token, or reads files as it scores (then hand "
-            "it the object itself)"
+            "scores made of tensors alone, but this method decides token by token, or reads files as it scores (then "
+            "hand it the object itself)"
         )
     if reason is not None:
         raise PolicyError(f"{policy.name}: a cache of fixed capacity needs {reason}; otherwise use SieveCache")
