@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .cache import SieveCache
     from .compare import compare_compression_methods
     from .policy import Policy, get_policy, list_methods
+    from .static import StaticSieveCache
 
 __all__ = [
     "BudgetError",
@@ -28,6 +29,7 @@ __all__ = [
     "PolicyError",
     "ScoreError",
     "SieveCache",
+    "StaticSieveCache",
     "UnsupportedModelError",
     "UnsupportedOperationError",
     "__version__",
@@ -44,6 +46,7 @@ _LAZY = {
     "get_policy": "policy",
     "list_methods": "policy",
     "SieveCache": "cache",
+    "StaticSieveCache": "static",
     "compare_compression_methods": "compare",
 }
 

@@ -36,6 +36,11 @@ class SieveLayer(CacheLayerMixin):
         self._awaiting = False
 
     @property
+    def layer_idx(self) -> int:
+        """Index among the model's layers."""
+        return self.core.layer_idx
+
+    @property
     def wants_hidden(self) -> bool:
         """Whether the scorer reads the input of the attention block."""
         return self.core.policy.scorer.wants_hidden

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -54,6 +55,16 @@ class _Expected(threading.local):
 
 
 _expected = _Expected()
+
+
+class _Traced:
+    """The same while a graph is traced, where neither a tag on a tensor nor a thread of its own can be seen. Outside of
+    tracing it is empty; tracing goes one at a time."""
+
+    layer: SieveLayer | None = None
+
+
+_traced = _Traced()
 
 
 class MaskSpec:
@@ -101,16 +112,31 @@ class MaskSpec:
         return self
 
 
-def _mask_function(*args: Any, **kwargs: Any) -> MaskSpec:
+def _mask_function(*args: Any, **kwargs: Any) -> MaskSpec | None:
     if args:
         raise UnsupportedModelError("this version of transformers passes masks in a way kvsieve does not know")
+    if isinstance(kwargs.get("kv_offset"), Tensor) and kwargs["mask_function"] is causal_mask_function:
+        _check_real(kwargs.get("attention_mask"))
+        return None
     _expected.layer = None  # a new forward pass: an older one that was interrupted expects nothing any more
     made = kwargs.get("attention_mask")
     return made if isinstance(made, MaskSpec) else MaskSpec(**kwargs)
 
 
+def _check_real(mask: Any) -> None:
+    """Raise if the one new token is padding. Slots of fixed capacity know themselves what they hold, so nothing else in
+    a 2-D mask counts; in a graph the token is taken to be real."""
+    if isinstance(mask, Tensor) and not torch.compiler.is_compiling() and not bool(mask[:, -1].all()):
+        raise UnsupportedOperationError(
+            "a cache of fixed capacity takes padding in prompts only, not for a single token; use SieveCache"
+        )
+
+
 def tag(keys: Tensor, values: Tensor, layer: SieveLayer) -> None:
     """Mark what `layer` hands to the model, and expect its attention next."""
+    if torch.compiler.is_compiling():
+        _traced.layer = layer
+        return
     setattr(keys, TAG, layer)
     setattr(values, TAG, layer)
     _expected.layer = weakref.ref(layer)
@@ -119,17 +145,21 @@ def tag(keys: Tensor, values: Tensor, layer: SieveLayer) -> None:
 def _attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    layer: SieveLayer | None = getattr(key, TAG, None)
-    expected = None if _expected.layer is None else _expected.layer()
-    _expected.layer = None
+    layer: SieveLayer | None = _traced.layer if torch.compiler.is_compiling() else None
+    if layer is None:
+        layer = getattr(key, TAG, None)
+        expected = None if _expected.layer is None else _expected.layer()
+        _expected.layer = None
+    else:
+        expected = _traced.layer = None
     index = getattr(module, "layer_idx", None)
     if layer is not None:
-        if index is not None and index != layer.core.layer_idx:
+        if index is not None and index != layer.layer_idx:
             raise UnsupportedModelError(
                 f"{type(module).__name__} attends to the keys of another layer of the cache, which is not supported"
             )
         return layer.attention(module, query, key, value, attention_mask, **kwargs), None
-    if expected is not None and expected.core.layer_idx == index and isinstance(attention_mask, MaskSpec | None):
+    if expected is not None and expected.layer_idx == index and isinstance(attention_mask, MaskSpec | None):
         raise UnsupportedModelError(
             f"{type(module).__name__} changes its keys after the cache has stored them, so what attention sees cannot "
             "be evicted"

@@ -59,6 +59,17 @@ class Scorer:
         return ""
 
     @property
+    def tensors_only(self) -> bool:
+        """Whether `observe` and `score` take the same steps whatever the tensors hold, and touch nothing else, so that
+        a graph can follow them."""
+        return True
+
+    @property
+    def remembers(self) -> int:
+        """How many queries `observe` asks `view.remember_queries` to keep; 0 for a scorer that does not."""
+        return 0
+
+    @property
     def fixed(self) -> bool:
         """Whether a token's score is settled when it arrives, whatever comes later and whatever is evicted."""
         return False

@@ -103,7 +103,7 @@ def _largest(values: Tensor, ranks: Tensor) -> Tensor:
 
 def lowest_slot(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
     """`[B, Hkv]` slot of the lowest score of every head among slots that are not `closed`; the oldest among equals."""
-    if scores.device.type == "cpu":  # a few thousand numbers per decode step, in a third of the time
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():  # in a third of the time
         table = np.where(closed.numpy(), np.inf, scores.detach().numpy())
         lowest, slots = table.min(-1, keepdims=True), table.argmin(-1)
         if np.count_nonzero(table == lowest) == slots.size and lowest.max() < np.inf:

@@ -114,6 +114,11 @@ class LayerView:
         return self._layer.plain
 
     @property
+    def alike(self) -> bool:
+        """Whether all heads of a row hold the same tokens in the same slots."""
+        return bool((self.positions == self.positions[:, :1]).all())
+
+    @property
     def unpadded(self) -> bool:
         """Whether no row began with padding and segments do not age; `plain` where heads are equally long besides."""
         return self._layer.unpadded

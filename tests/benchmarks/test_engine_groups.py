@@ -129,15 +129,24 @@ def test_memory_cases_can_be_prepared(method: str) -> None:
 
 
 def test_decode_groups_run(bench: Bench) -> None:
-    for group in (decode.plain, decode.every_step, decode.long, decode.ragged, compiled.compiled):
+    for group in (decode.plain, decode.every_step, decode.long, decode.ragged):
         group(bench)
     targets = {line.target for line in bench.lines}
     assert {0.70, 0.45, 0.25, 1.15, 0.13, 0.06, 0.60, 0.50} <= targets
-    measured = [line for line in bench.lines if line.section != "compile" and not line.what.startswith("peer:")]
+    measured = [line for line in bench.lines if not line.what.startswith("peer:")]
     assert len(measured) == 3 + 2 + 2 + 4
     assert all(line.value is not None and line.value > 0 for line in measured)
     without = [line for line in bench.lines if line.section == "ragged"]
     assert all("no peer environment" in line.notes for line in without)
+
+
+def test_compiling_is_counted(bench: Bench) -> None:
+    compiled.measure(bench, "Llama", "eager")
+    graphs, breaks, differing, ratio = bench.lines
+    assert (graphs.value, breaks.value, differing.value) == (1, 0, 0)
+    assert {line.status for line in (graphs, breaks, differing)} == {"met"}
+    assert ratio.value is not None
+    assert ratio.value > 0
 
 
 def test_likelihood_runs(bench: Bench) -> None:

@@ -91,7 +91,7 @@ class ExpectedAttention(Scorer):
             covariance = scatter / count.clamp_min(1)[..., None]
             covariance = rotate(rotate(covariance).transpose(-1, -2)).transpose(-1, -2).unflatten(1, (hkv, -1))
             covariance = covariance / (2 * dim)
-            for start in range(0, view.held, _BLOCK):
+            for start in range(0, keys.shape[2], _BLOCK):
                 block = keys[:, :, None, start : start + _BLOCK]
                 logits[..., start : start + _BLOCK] += ((block @ covariance) * block).sum(-1)
         place = view.positions - view.first[:, None, None]

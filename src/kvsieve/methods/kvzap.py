@@ -46,6 +46,10 @@ class KVzap(StaticScorer):
     def serializable(self) -> bool:
         return not isinstance(self.scorer, KVzapSurrogate)
 
+    @property
+    def tensors_only(self) -> bool:
+        return not isinstance(self.scorer, str)
+
     def default_protect(self) -> Protect:
         return Protect(sink=self.n_sink, recent=128)
 

@@ -47,6 +47,10 @@ class Ladder(Scorer):
         if self.span is not None and self.overlap is not None and self.overlap >= self.span:
             raise PolicyError(f"ladder: overlap={self.overlap} must be below span={self.span}")
 
+    @property
+    def tensors_only(self) -> bool:
+        return False
+
     def default_protect(self) -> Protect:
         return Protect(sink=self.n_sink)
 
@@ -81,7 +85,7 @@ class Ladder(Scorer):
             view.state["cursor"] = torch.full((view.positions.shape[0],), self.n_sink)
 
     def score(self, view: LayerView) -> Tensor:
-        if bool((view.positions != view.positions[:, :1]).any()):
+        if not view.alike:
             raise PolicyError("ladder chooses the same tokens for all heads of a layer; use it with share='uniform'")
         held, leaving = view.valid[:, 0], view.column("leaving")[:, 0] > 0
         loose = (held & leaving & ~view.protected[:, 0]).sum(-1)

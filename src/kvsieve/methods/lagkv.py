@@ -38,6 +38,10 @@ class LagKV(Scorer):
         if self.n_sink < 0 or self.lag_size < 1:
             raise PolicyError("lagkv: n_sink must be zero or more and lag_size 1 or more")
 
+    @property
+    def tensors_only(self) -> bool:
+        return False
+
     def default_protect(self) -> Protect:
         return Protect(sink=self.n_sink)
 

@@ -38,6 +38,10 @@ class SnapKV(Scorer):
         if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise PolicyError("window_size must be 1 or more and kernel_size odd and 1 or more")
 
+    @property
+    def remembers(self) -> int:
+        return self.window_size
+
     def default_protect(self) -> Protect:
         return Protect(recent=self.window_size)
 

@@ -30,7 +30,7 @@ class TOVA(Scorer):
         return Protect(recent=1)
 
     def score(self, view: LayerView) -> Tensor:
-        if bool((view.positions != view.positions[:, :1]).any()):
+        if not view.alike:
             raise PolicyError("tova chooses the same tokens for all heads of a layer; use it with share='uniform'")
         last = None if view.new == 1 else view.queries[:, :, -1:]  # a single query was counted as it attended
         mass = view.attention_mass(last) / view.queries.shape[1]
