@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._rowlog import write_text
 from ..errors import DataError
 from .metrics import VideoScore, pool
 
@@ -161,9 +161,7 @@ def save(file: str | Path, content: bytes) -> Path:
     """Write a file in one step, folder included, so that a reader never sees half of it."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(f"{file.name}.{os.getpid()}.part")
-    half.write_bytes(content)
-    half.replace(file)
+    write_text(file, content)
     return file
 
 
