@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsieve.errors import ScoreError
-from kvsieve.select import check_scores, top_mask, top_mask_naive
+from kvsieve.select import _lowest_slot, check_scores, lowest_slot, top_mask, top_mask_naive
 
 
 @settings(max_examples=150, deadline=None)
@@ -34,6 +34,30 @@ def test_top_mask_equals_naive(b, h, n, levels, drop_one, seed):
     assert torch.equal(got, top_mask_naive(scores, positions, valid, protected, counts))
     assert torch.equal(got.sum(-1), torch.minimum(counts, valid.sum(-1)))
     assert not bool((got & ~valid).any())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 9)), levels=st.integers(1, 40),
+    infinite=st.booleans(), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_the_lowest_slot_is_the_first_of_all_open_ones(shape, levels, infinite, seed):
+    """On a processor and, as written for other devices, in tensors."""
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, shape, generator=g).float()
+    if infinite:
+        scores[scores == 0] = float("-inf")
+        scores[scores == levels - 1] = float("inf")
+    positions = torch.rand(shape, generator=g).argsort(-1).int()
+    closed = torch.rand(shape, generator=g) < 0.3
+    closed[..., 0] = False
+    got = lowest_slot(scores, positions, closed)
+    assert torch.equal(got, _lowest_slot(scores, positions, closed))
+    for b in range(shape[0]):
+        for h in range(shape[1]):
+            open_ = [i for i in range(shape[2]) if not closed[b, h, i]]
+            want = min(open_, key=lambda i: (float(scores[b, h, i]), int(positions[b, h, i])))
+            assert int(got[b, h]) == want
 
 
 @pytest.mark.parametrize("n", [1, 7])
