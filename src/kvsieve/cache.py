@@ -73,7 +73,7 @@ class SieveCache(Cache):
             stock[index] = SieveLayer(KVLayer(policy, index, rank, len(managed), positions, rope, group))
         super().__init__(layers=stock)
         self.policy, self.positions = policy, positions
-        self._config = config
+        self._config, self._first = config, managed[0]
 
     @property
     def managed(self) -> list[SieveLayer]:
@@ -86,7 +86,7 @@ class SieveCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values of one layer; see `SieveLayer.update`."""
-        if not hf.enabled(self._config):
+        if layer_idx == self._first and not hf.enabled(self._config):  # once per forward pass: asking takes its time
             raise UnsupportedOperationError(
                 f"the model's attention was set to {self._config._attn_implementation!r} after this cache was made; "
                 "make a new cache"
