@@ -76,6 +76,11 @@ class Line:
         """JSON-ready, the status included."""
         return asdict(self) | {"status": self.status}
 
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Line:
+        """Inverse of `to_dict`."""
+        return cls(**{name: value for name, value in found.items() if name != "status"})
+
 
 def number(value: float, unit: str = "") -> str:
     """Three digits and the unit: `0.67x`, `12.3 ms`."""

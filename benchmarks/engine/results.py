@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -69,10 +70,21 @@ def hardware() -> str:
     return f"{processor}, {os.cpu_count()} cores, {features}, {memory:.0f} GiB, {device}"
 
 
-def page(lines: Sequence[Line], facts: dict[str, Any]) -> str:
-    """The Markdown page."""
-    rows = "\n".join(f"* {name}: {value}" for name, value in facts.items())
-    return f"# The engine, measured\n\n{tally(lines)}.\n\n{rows}\n\n{METHOD}\n{table(lines)}\n"
+def page(lines: Sequence[Line], facts: dict[str, Any], others: Sequence[Path] = ()) -> str:
+    """The Markdown page. `others`: what other runs have written with `--json`, each in a section of its own."""
+    everything, parts = list(lines), [table(lines)]
+    for file in others:
+        other = json.loads(file.read_text())
+        own = [Line.from_dict(row) for row in other["lines"]]
+        differing = {name: value for name, value in other["run"].items() if facts.get(name) != value}
+        everything += own
+        parts.append(f"## In a run of its own\n\n{_listed(differing)}\n\n{table(own)}")
+    head = f"# The engine, measured\n\n{tally(everything)}.\n\n{_listed(facts)}\n\n{METHOD}\n"
+    return head + "\n\n".join(parts) + "\n"
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    return "\n".join(f"* {name}: {value}" for name, value in facts.items())
 
 
 def command_line() -> str:

@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--peer", type=Path, default=peer.FOLDER, help="folder of the peer's environment (.venv-peer)")
     made.add_argument("--output", type=Path, help="Markdown page to write; by default only for a full run")
     made.add_argument("--json", type=Path, help="JSON file to write, after every group")
+    made.add_argument(
+        "--also", type=Path, nargs="+", default=(), help="JSON files of runs of other groups, to stand on the page too"
+    )
     return made
 
 
@@ -118,7 +121,7 @@ def main(words: Sequence[str] | None = None, default_output: Path | None = None)
     whole = given.only is None and not given.quick
     output = given.output or (default_output if whole else None)
     if output is not None:
-        output.write_text(results.page(bench.lines, facts))
+        output.write_text(results.page(bench.lines, facts, given.also))
         print(f"written: {output}")
     print(("tiny sizes, numbers mean nothing: " if given.quick else "") + tally(bench.lines))
     return int(any(line.failed for line in bench.lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -57,6 +58,21 @@ def test_page_has_every_line_and_fact() -> None:
     assert "| not measured | three | - | at most 1.60x | no GPU |" in page
     assert "* load average at start: 0.10 0.20 0.30" in page
     assert lines.plain(rows[0]).startswith("met ")
+
+
+def test_page_takes_up_other_runs(tmp_path: Path) -> None:
+    facts = {"hardware": "a machine", "command": "all but one"}
+    other = Line("stream", "flat", 1.3, target=1.1)
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({"run": facts | {"command": "that one"}, "lines": [other.to_dict()]}))
+    page = results.page([Line("decode", "one", 0.5, target=0.7)], facts, [file])
+    assert "1 met, 1 missed, 0 not measured, 0 failed" in page
+    main, own = page.split("## In a run of its own")
+    assert "| met | one |" in main
+    assert "| missed | flat | 1.30x | at most 1.10x |" in own
+    assert "* command: that one" in own
+    assert "hardware" not in own  # the same machine
+    assert Line.from_dict(other.to_dict()) == other
 
 
 def test_turns_alternate_and_the_first_round_does_not_count() -> None:
