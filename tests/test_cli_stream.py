@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import kvsieve
@@ -149,6 +153,46 @@ def test_refusals_are_one_line_on_stderr_with_exit_code_2(flags, message):
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [("--tokens", "1"), ("--tokens", "5", "--every", "1", "--chunk", "1")])
+def test_stretches_of_one_token(flags, text):
+    done = _run("stream", "--budget", "64", "--text", text, *flags)
+    assert done.exit_code == 0, done.output
+    assert "perplexity nan" in done.output.splitlines()[0]  # nothing predicts the first token
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--option", "streaming_llm.when=request"),
+        ("--option", "streaming_llm.when=prefill", "--chunk", "1"),
+        ("--option", "streaming_llm.when=prefill", "--write"),
+    ],
+)
+def test_what_would_grow_for_ever_needs_an_end(flags, text):
+    done = _run(*QUICK, "--text", text, *flags)
+    assert done.exit_code == 2
+    assert "--tokens" in done.stderr
+
+
+def test_standard_input_is_utf8_in_any_locale():
+    done = subprocess.run(
+        [sys.executable, "-c", "from kvsieve.cli import app; app()", *QUICK, "--text", "-", "--tokens", "50"],
+        input=b"hello \xff world\n", capture_output=True, check=False, env={**os.environ, "LC_ALL": "C"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert b"standard input: not UTF-8 text" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_the_lowest_temperature(mini_lm):
+    stream = TokenStream(mini_lm[0], kvsieve.get_policy("streaming_llm", budget=64))
+    list(stream.read(range(5, 25), chunk=20))
+    cold = next(stream.write(count=3, temperature=1e-45)).ids
+    other = TokenStream(mini_lm[0], kvsieve.get_policy("streaming_llm", budget=64))
+    list(other.read(range(5, 25), chunk=20))
+    assert torch.equal(cold, next(other.write(count=3, temperature=0.0)).ids)
 
 
 def test_an_empty_text_and_a_folder_are_refused(tmp_path):

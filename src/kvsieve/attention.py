@@ -74,6 +74,7 @@ class ByPosition:
         return seen if self.live is None else seen & self.live[:, :, None]
 
 
+@torch.no_grad()
 def attention_mass(
     q: Tensor,
     k: Tensor,

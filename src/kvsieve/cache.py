@@ -143,12 +143,12 @@ class SieveCache(Cache):
 
         Raises:
             UnsupportedOperationError: other positions, or layers that are not managed and cannot follow.
-            PolicyError: the policy reckons with the positions tokens came with.
+            PolicyError: the policy reckons with keys, or with positions, as they came.
         """
         if self.positions != "slot" or len(self.managed) < len(self.layers):
             raise UnsupportedOperationError('rewind() needs positions="slot" and a model whose layers are all managed')
-        if self.policy.scorer.wants_rope:
-            raise PolicyError(f"{self.policy.name} reckons with the positions tokens came with, which cannot go back")
+        if self.policy.scorer.wants_rope or self.policy.scorer.compares_keys:
+            raise PolicyError(f"{self.policy.name} reckons with keys as they came, which a rewind turns")
         cores = [layer.core for layer in self.managed]
         for core in cores:
             core.settle()

@@ -63,10 +63,10 @@ def stream(
     if not temperature >= 0.0:
         raise PolicyError(f"temperature must be 0 or more, not {temperature}")
     chosen = _policy(policy, budget or "1024", option, model, seed)
-    if tokens is None and not _bounded(chosen):
+    if tokens is None and not _bounded(chosen, prompts=chunk_size > 1 and not write):
         raise PolicyError(
             f"{policy} with this budget keeps more and more of an endless stream, until the memory is full; say where "
-            "to stop with --tokens, or give a budget of tokens or bytes"
+            "to stop with --tokens, or give a budget of tokens or bytes that holds after every pass"
         )
     words = _PROMPT if write and text is None else _words(text)
     loaded, tokenizer = load(model, device, dtype)
@@ -105,11 +105,13 @@ def _policy(name: str, budget: str, option: list[str] | None, model: str, seed: 
     return type(chosen)(chosen.label, chosen.name, chosen.budget, options).policy(seed, "stream")
 
 
-def _bounded(policy: Policy) -> bool:
-    """Whether the cache stops growing."""
+def _bounded(policy: Policy, prompts: bool) -> bool:
+    """Whether the cache stops growing. `prompts`: every pass has more than one token."""
     from .budgets import Bytes, Tokens
+    from .triggers import AfterPrefill, EveryForward, EveryTokens, OverLength
 
-    return isinstance(policy.budget, (Bytes, Tokens))
+    firing = (EveryForward, EveryTokens, OverLength, *([AfterPrefill] if prompts else []))
+    return isinstance(policy.budget, (Bytes, Tokens)) and isinstance(policy.trigger, firing)
 
 
 def _words(text: str | None) -> str | None:
@@ -148,7 +150,8 @@ def _typed(tokenizer: Any) -> Iterator[int]:
     """Token ids of standard input, line by line as it comes in."""
     begin, anything = tokenizer.bos_token_id, False
     try:
-        for line in sys.stdin:
+        for raw in sys.stdin.buffer:  # strictly: in some locales Python lets other bytes pass
+            line = raw.decode("utf-8").replace("\r\n", "\n")
             if not anything and begin is not None and tokenizer("")["input_ids"][:1] == [begin]:
                 yield begin
             anything = True
@@ -196,7 +199,7 @@ class _View:
             part = one.losses[done : done + self.lap - place]
             self.laps.setdefault(index + 1, _Mean()).add(part)
             done += part.numel()
-        self.opening = self.opening or self.laps[1]
+        self.opening = self.opening or self.laps.get(1)
         for index in [index for index in self.laps if index < max(self.laps) - 1]:
             del self.laps[index]
 

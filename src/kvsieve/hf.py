@@ -115,6 +115,7 @@ class MaskSpec:
 def _mask_function(*args: Any, **kwargs: Any) -> MaskSpec | None:
     if args:
         raise UnsupportedModelError("this version of transformers passes masks in a way kvsieve does not know")
+    _traced.layer = None  # tracing may have ended in an error
     if isinstance(kwargs.get("kv_offset"), Tensor) and kwargs["mask_function"] is causal_mask_function:
         _check_real(kwargs.get("attention_mask"))
         return None

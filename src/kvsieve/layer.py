@@ -86,6 +86,7 @@ class KVLayer:
         self.state: dict[str, Tensor] = {}
         self.seen = 0
         self.pads = torch.zeros(0, dtype=torch.long)
+        self._pad_columns: Tensor | None = None
         self.first = torch.zeros(0, dtype=torch.long)
         self.segment = 0
         self.evictions = 0
@@ -297,7 +298,7 @@ class KVLayer:
         kind = torch.where(real.to(kind.device), kind, int(Kind.PAD)).to(torch.uint8)
         self.store.write_new(KIND, _per_head(kind, b, h, visibility.count))
         ahead = padding[:, : self.seen]
-        self.pads = self.seen - ahead.sum(-1).cpu()
+        self.pads, self._pad_columns = self.seen - ahead.sum(-1).cpu(), ~ahead
         self.first = torch.where(ahead.any(-1), ahead.to(torch.uint8).argmax(-1), self.seen).to(self.first.device)
         if self.positions == "slot" and bool(
             (~padding[:, : self.seen]).sum(-1).to(self.first.device).ne(self.first).any()
@@ -362,6 +363,8 @@ class KVLayer:
         self.store = self.store.map_rows(rows)
         self.state = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.state.items()}
         self.pads = self.pads[rows.cpu()]
+        if self._pad_columns is not None:
+            self._pad_columns = self._pad_columns[rows.to(self._pad_columns.device)]
         self.first = self.first[rows.to(self.first.device)]
 
     def crop(self, count: int, regardless: bool = False) -> None:
@@ -391,9 +394,9 @@ class KVLayer:
         if self.group is not None:
             self.group.forget(self)
         keep = self.store.live & (self.store.read(POSITION) < self.seen - count)
-        if self.has_pads:
-            pads = (self.store.read(POSITION) >= self.seen - count) & (self.store.read(KIND) == Kind.PAD)
-            self.pads = self.pads - (pads & self.store.live)[:, 0].sum(-1).cpu()
+        if self._pad_columns is not None:
+            self.pads = self.pads - self._pad_columns[:, self.seen - count : self.seen].sum(-1).cpu()
+            self._pad_columns = self._pad_columns[:, : self.seen - count]
         fresh = self.store.new
         self.store = self.store.keep(keep)
         self.seen -= count

@@ -162,11 +162,11 @@ class Policy:
         if slots is None:
             return False, None
         scores = view.at("score", slots)
-        values = scores.flatten().tolist()
-        leaving = sum(value < threshold for value in values)
-        if any(value != value for value in values) or (0 < leaving < len(values) and view.plain):
+        stays = scores >= threshold  # as `keep` compares them, in the precision of the scores
+        staying = int(stays.sum())
+        if bool(scores.isnan().any()) or (0 < staying < stays.numel() and view.plain):
             return False, None  # `keep` refuses NaN, and heads of a dense store cannot part here
-        return True, slots.masked_fill(scores >= threshold, -1) if leaving else None
+        return True, None if staying == stays.numel() else slots.masked_fill(stays, -1)
 
     def _layer_counts(self, view: LayerView) -> Tensor:
         """`[B]` tokens per head of this layer, on average over its heads."""

@@ -34,6 +34,8 @@ class Scorer:
         wants_hidden: the host must hand over the attention block's input (`view.hidden`).
         wants_rope: the host must hand over the rotary embedding (`view.rope`).
         history: the scorer sums over queries, so cropping a cache cannot be undone exactly.
+        compares_keys: scores hold keys against each other as they are rotated, so that they depend on where gaps are
+            closed.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,7 @@ class Scorer:
     wants_hidden: ClassVar[bool] = False
     wants_rope: ClassVar[bool] = False
     history: ClassVar[bool] = False
+    compares_keys: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -56,7 +56,7 @@ class SlotStore(Store):
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.first = torch.zeros(self.batch, dtype=torch.long, device=device)
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
-        self.state = {name: tensor.clone() for name, tensor in state.items()}
+        self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
         self.rows = torch.arange(self.batch, device=device)[:, None]
         self.ranks = torch.arange(self.heads, device=device)[None]
         for tensor in (self.slot, self.length, self.first, self.failed, *self.columns.values(), *self.state.values()):
@@ -79,6 +79,7 @@ class SlotStore(Store):
             (self.batch, self.heads) == (source.batch, source.heads)
             and kinds(self.columns) == kinds(source.columns)
             and shapes(self.state) == shapes(state)
+            and (torch.is_inference_mode_enabled() or not self.slot.is_inference())
         )
 
     def fill(self, source: Store, state: Columns, seen: int, first: Tensor) -> None:
@@ -88,9 +89,9 @@ class SlotStore(Store):
             buffer.fill_(fill_of(name))
             if held:
                 mask = live[..., None] if name in (KEY, VALUE) else live
-                buffer[:, :, :held] = source.read(name).masked_fill(~mask, fill_of(name))
+                buffer[:, :, :held] = source.read(name).detach().masked_fill(~mask, fill_of(name))
         for name, tensor in state.items():
-            self.state[name].copy_(tensor)
+            self.state[name].copy_(tensor.detach())
         self.slot.copy_(live.sum(-1))
         self.length.fill_(seen)
         self.first.copy_(first)
@@ -106,7 +107,7 @@ class SlotStore(Store):
             value = new.get(name)
             if value is None:
                 value = torch.full_like(self.slot, fill_of(name), dtype=buffer.dtype)
-            buffer[self.rows, self.ranks, self.slot] = value.to(buffer.dtype)
+            buffer[self.rows, self.ranks, self.slot] = value.detach().to(buffer.dtype)
         self.length.add_(1)
 
     def free(self, victims: Tensor) -> None:
@@ -118,8 +119,13 @@ class SlotStore(Store):
     def keep_state(self, state: Columns) -> None:
         """Write what a scorer has put into its `state` back into the buffers."""
         for name, tensor in state.items():
+            if name not in self.state:
+                raise UnsupportedOperationError(
+                    f"the scorer begins the state {name!r} in a decode step, where a cache of fixed capacity has no "
+                    "room for it; begin it with the prompt, or use SieveCache"
+                )
             if tensor is not self.state[name]:
-                self.state[name].copy_(tensor)
+                self.state[name].copy_(tensor.detach())
 
     # ---- the interface of a store
 
@@ -151,11 +157,11 @@ class SlotStore(Store):
 
     def write_new(self, name: str, values: Tensor) -> None:
         self.ensure(name)
-        self.columns[name][self.rows, self.ranks, self.slot] = values[:, :, 0].to(self.columns[name].dtype)
+        self.columns[name][self.rows, self.ranks, self.slot] = values[:, :, 0].detach().to(self.columns[name].dtype)
 
     def add(self, name: str, values: Tensor) -> None:
         self.ensure(name)
-        self.columns[name].add_(values)
+        self.columns[name].add_(values.detach())
 
     def append(self, new: Columns, limit: int | None = None) -> None:
         raise UnsupportedOperationError("fixed slots take one token at a time")

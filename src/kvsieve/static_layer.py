@@ -101,6 +101,10 @@ class SlotView(LayerView):
         return self.real
 
     @property
+    def held(self) -> int:
+        raise UnsupportedOperationError("numbers of tokens are not known while decode steps are compiled")
+
+    @property
     def plain(self) -> bool:
         return False
 
@@ -328,7 +332,7 @@ class StaticSieveLayer(SieveLayer):
     def get_seq_length(self) -> int:
         """Tokens fed so far; while decoding a tensor without dimensions, so that a graph does not depend on it."""
         slots = self._active()
-        return self._core.seen if slots is None else cast(int, slots.length)
+        return self._core.seen if slots is None else cast(int, slots.length.clone())  # the count goes on in place
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for masks that kvsieve does not make. An offset that is a tensor tells kvsieve's that the

@@ -189,7 +189,8 @@ class LayerView:
 
     @cached_property
     def keys(self) -> Tensor:
-        """`[B, Hkv, N, D]` keys with the rotation of their original position."""
+        """`[B, Hkv, N, D]` keys as they are stored: with the rotation of their original position, or of the place that
+        they were given since (`"contiguous"` positions, `SieveCache.rewind`)."""
         return self._store.read(KEY)
 
     @cached_property

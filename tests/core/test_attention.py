@@ -29,6 +29,11 @@ def _heads(request, monkeypatch):
         monkeypatch.setattr(attention, "HEAD_LOGITS", 1)  # blocks of few rows
 
 
+def test_mass_needs_no_gradient():
+    q, k = torch.randn(1, 2, 600, 8, requires_grad=True), torch.randn(1, 1, 600, 8, requires_grad=True)
+    assert not attention_mass(q, k, causal_offset=0).requires_grad
+
+
 SHAPES = [
     (1, 4, 2, 40, 40, 8),
     (1, 4, 2, 40, 25, 8),

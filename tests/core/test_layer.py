@@ -344,3 +344,13 @@ def test_a_long_stream_holds_constant_memory(name, steps):
     assert layer.store.tokens == 64
     assert layer.store.bytes_of((KEY, VALUE)) == 65 * layer.store.bytes_per_token
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 4 * 1024, "KiB"
+
+
+def test_padding_taken_back_after_an_eviction_was_never_seen():
+    padding = torch.ones(B, 64, dtype=torch.bool)
+    padding[1, 8:10] = False
+    driver = Driver(kvsieve.get_policy("knorm", budget=6), padding)
+    driver.feed(10)
+    assert driver.layer.real_seen == [10, 8]
+    driver.layer.crop(1, regardless=True)
+    assert driver.layer.real_seen == [9, 8]

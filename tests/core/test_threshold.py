@@ -86,6 +86,16 @@ def test_the_rule_is_kept_to(chunks, share, sink, recent, when, crop, seed):
                 break
 
 
+def test_a_score_on_the_threshold_stays():
+    """In the precision of the scores: 0.1 as float32 lies above 0.1, and its negative below -0.1."""
+    keys = torch.full((1, 2, 12, 1), 0.5)
+    keys[:, 1] = 0.1
+    stream = Stream(policy(-0.1, 0, 3), keys)
+    for _ in range(12):
+        stream.feed(1)
+    assert stream.held() == [[{9, 10, 11}, set(range(12))]]
+
+
 def test_a_decode_step_reads_no_padded_table():
     """What makes it fast: neither scores nor positions are laid out again."""
     keys = random_keys()

@@ -333,6 +333,51 @@ def test_nan_raises_at_once_or_at_the_next_look(flat: PreTrainedModel) -> None:
     assert static.report()["tokens_seen"] == []
 
 
+def test_a_length_that_was_asked_for_stays(flat: PreTrainedModel) -> None:
+    static, ids = StaticSieveCache(flat, policy("knorm")), models.words(1, 12)
+    with torch.no_grad():
+        flat(ids, past_key_values=static)
+        flat(ids[:, :1], past_key_values=static)
+        before = static.get_seq_length()
+        flat(ids[:, :1], past_key_values=static)
+    assert (int(before), int(static.get_seq_length())) == (13, 14)
+
+
+def test_slots_hold_no_graph_of_gradients_and_outlive_inference_mode(flat: PreTrainedModel) -> None:
+    ids = models.words(1, 12)
+
+    def run(static: StaticSieveCache) -> Tensor:
+        flat(ids, past_key_values=static)
+        return flat(ids[:, :1], past_key_values=static).logits
+
+    static = StaticSieveCache(flat, policy("h2o", 8))
+    assert any(parameter.requires_grad for parameter in flat.parameters())
+    with torch.enable_grad():
+        want = run(static).detach()
+    assert not any(buffer.requires_grad for layer in static.layers for buffer in layer.slots.columns.values())
+    for mode in (torch.inference_mode, torch.no_grad):
+        static.reset()
+        with mode():
+            assert torch.equal(run(static), want)
+
+
+def test_a_state_begun_too_late_is_refused(flat: PreTrainedModel) -> None:
+    class Late(Scorer):
+        def observe(self, view: Any) -> None:
+            if view.new == 1:
+                view.state["late"] = view.queries
+
+        def score(self, view: Any) -> Tensor:
+            return view.positions.float()
+
+    Late.name = "late"  # only now: it is no method for other tests
+    static = StaticSieveCache(flat, Policy(Late(), Tokens(8)))
+    with torch.no_grad():
+        flat(models.words(1, 12), past_key_values=static)
+        with pytest.raises(UnsupportedOperationError, match="begins the state 'late'"):
+            flat(models.words(1, 1), past_key_values=static)
+
+
 def test_prompts_stay_outside_of_graphs(flat: PreTrainedModel) -> None:
     static = StaticSieveCache(flat, policy("h2o"))
     with compiled(Graphs.run), torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="outside_of_graphs"):

@@ -21,6 +21,7 @@ class KeyDiff(Scorer):
 
     name: ClassVar[str] = "keydiff"
     source: ClassVar[str] = "arXiv 2504.15364, algorithm 1"
+    compares_keys: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
         keys = view.keys.to(torch.promote_types(view.keys.dtype, torch.float32))

@@ -29,6 +29,7 @@ class LagKV(Scorer):
 
     name: ClassVar[str] = "lagkv"
     source: ClassVar[str] = "arXiv 2504.04704, section 2"
+    compares_keys: ClassVar[bool] = True
 
     n_sink: int = 4
     lag_size: int = 128

@@ -99,9 +99,9 @@ class TokenStream:
         self.model, self.trained = model, trained_length(model)
         self.cache = SieveCache(model, policy, positions=positions)
         self.tokens = 0
-        self._rewinds = (
-            positions == "slot" and not policy.scorer.wants_rope and len(self.cache.managed) == len(self.cache.layers)
-        )
+        whole = len(self.cache.managed) == len(self.cache.layers)
+        as_they_came = policy.scorer.wants_rope or policy.scorer.compares_keys
+        self._rewinds = positions == "slot" and whole and not as_they_came
         self._vocabulary = hf.text_config(model).vocab_size
         self._last: Tensor | None = None
         self._generator = torch.Generator(model.device).manual_seed(seed)
@@ -193,7 +193,8 @@ class TokenStream:
         logits = self._last[0].float()
         if temperature == 0.0:
             return logits.argmax()[None]
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=self._generator)
+        logits = (logits - logits.max()).double() / temperature  # no overflow, however low the temperature
+        return torch.multinomial(logits.softmax(-1), 1, generator=self._generator)
 
     def _stretches(self, passes: Iterator[Tensor], every: int) -> Iterator[Stretch]:
         began, fed, reach = time.perf_counter(), 0, 0
