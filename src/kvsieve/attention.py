@@ -28,6 +28,7 @@ __all__ = [
     "attend_naive",
     "attention_mass",
     "attention_mass_naive",
+    "count_one",
 ]
 
 BLOCK_BYTES = 16 << 20
@@ -209,7 +210,7 @@ def attend_and_count(
         `[B, H, T, Dv]` in `v`'s dtype, and `[B, Hkv, N]` as `attention_mass` gives it.
     """
     if softcap is None and sinks is None and q.shape[2] == 1:
-        return _count_one(q, k, v, reduce, scale)
+        return count_one(q, k, v, reduce, scale)
     b, hkv, n = k.shape[:3]
     group = q.shape[1] // hkv
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -223,22 +224,36 @@ def attend_and_count(
     return out.flatten(1, 2), mass
 
 
-def _count_one(
-    q: Tensor, k: Tensor, v: Tensor, reduce: str, scale: float | None, tile: int = TILE
+def count_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reduce: str,
+    scale: float | None = None,
+    live: Tensor | None = None,
+    tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """`attend_and_count` for one query `[B, H, 1, D]`. A processor multiplies a few rows in half precision ten times
-    slower than in single precision, so keys and values are widened there, a tile at a time."""
+    """`attend_and_count` for one query `[B, H, 1, D]`, over the keys where `live` `[B, Hkv, N]` is true (all of them by
+    default). A processor multiplies a few rows in half precision ten times slower than in single precision, so keys and
+    values are widened there, a tile at a time."""
     hkv, n = k.shape[1], k.shape[2]
     group, wide = q.shape[1] // hkv, torch.promote_types(q.dtype, torch.float32)
     rows = q.reshape(q.shape[0], hkv, group, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if q.device.type != "cpu" or q.dtype == wide:
-        p = (rows @ k.transpose(-1, -2)).softmax(-1, dtype=wide)
+        p = _shares(rows @ k.transpose(-1, -2), live, wide)
         out = p.to(v.dtype) @ v
     else:
         rows, steps = rows.to(wide), range(0, n, tile)
-        p = torch.cat([rows @ k[:, :, s : s + tile].to(wide).transpose(-1, -2) for s in steps], -1).softmax(-1)
+        logits = torch.cat([rows @ k[:, :, s : s + tile].to(wide).transpose(-1, -2) for s in steps], -1)
+        p = _shares(logits, live, wide)
         out = torch.stack([p[..., s : s + tile] @ v[:, :, s : s + tile].to(wide) for s in steps]).sum(0)
     return out.to(v.dtype).reshape(*q.shape[:3], -1), _reduced(p[:, :, :, None], reduce)
+
+
+def _shares(logits: Tensor, live: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Probabilities from logits `[B, Hkv, G, N]`, exactly zero where `live` is false."""
+    seen = logits if live is None else logits.masked_fill(~live[:, :, None], -math.inf)
+    return seen.softmax(-1, dtype=dtype)
 
 
 def _head_by_head(

@@ -149,11 +149,16 @@ class SieveCache(Cache):
             raise UnsupportedOperationError('rewind() needs positions="slot" and a model whose layers are all managed')
         if self.policy.scorer.wants_rope or self.policy.scorer.compares_keys:
             raise PolicyError(f"{self.policy.name} reckons with keys as they came, which a rewind turns")
+        for layer in self.managed:
+            layer.core.settle()
+        self._place()
+
+    def _place(self) -> None:
+        """Close the gaps of all layers towards the oldest token, up to where the longest head of all ends."""
         cores = [layer.core for layer in self.managed]
+        longest = max(core.store.longest for core in cores)
         for core in cores:
-            core.settle()
-        for core in cores:
-            core.place(max(core.store.longest for core in cores))
+            core.place(longest)
 
     def label(self, segment: int | None = None, kind: Tensor | None = None) -> None:
         """Say what the tokens of the next forward pass are.
@@ -189,9 +194,7 @@ class SieveCache(Cache):
             for core in cores:
                 core.policy = self.policy
         if self.positions == "contiguous":
-            longest = max(core.store.longest for core in cores)
-            for core in cores:
-                core.place(longest)
+            self._place()
 
     def take_back(self) -> None:
         """Take back the last token although an eviction may have come after it, so that it can be fed again: what it

@@ -317,11 +317,11 @@ class KVLayer:
         if plain and self.store.ordered and visibility.count <= self.store.new:
             return self.store.longest - visibility.count, None
         positions = self.store.read(POSITION)
-        if plain and isinstance(self.store, DenseStore):
-            return None, ByPosition(visibility.start, positions)
-        live = self.store.live
         if plain:
-            return None, ByPosition(visibility.start, positions, live)
+            return None, ByPosition(
+                visibility.start, positions, None if isinstance(self.store, DenseStore) else self.store.live
+            )
+        live = self.store.live
         if self.has_pads:
             live = live & (self.store.read(KIND) != Kind.PAD)
         return None, lambda s, e: visibility.mask(positions, live, s, e)
@@ -395,8 +395,8 @@ class KVLayer:
             self.group.forget(self)
         keep = self.store.live & (self.store.read(POSITION) < self.seen - count)
         if self._pad_columns is not None:
-            self.pads = self.pads - self._pad_columns[:, self.seen - count : self.seen].sum(-1).cpu()
             self._pad_columns = self._pad_columns[:, : self.seen - count]
+            self.pads = self._pad_columns.sum(-1).cpu()
         fresh = self.store.new
         self.store = self.store.keep(keep)
         self.seen -= count

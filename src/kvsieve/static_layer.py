@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hf
-from .attention import attend, attend_few, attention_mass
+from .attention import attend, attend_few, attention_mass, count_one
 from .budgets import Tokens
 from .cache_layer import SieveLayer
 from .errors import PolicyError, ScoreError, UnsupportedModelError, UnsupportedOperationError
@@ -55,16 +55,7 @@ def attend_slots(
         return attend(q, k, v, **rest), attention_mass(q, k, None, reduce, **rest) if reduce else None
     if not reduce:
         return attend_few(q, k, v, seen, scale=scale), None
-    wide = torch.promote_types(q.dtype, torch.float32)
-    inner = wide if q.device.type == "cpu" else q.dtype  # a processor multiplies a few rows in half precision slowly
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    rows = (q.unflatten(1, (k.shape[1], -1)).squeeze(3) * factor).to(inner)
-    logits = rows @ k.to(inner).transpose(-1, -2)
-    p = logits.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide)
-    out = (p.to(inner) @ v.to(inner)).to(v.dtype).flatten(1, 2)[:, :, None]
-    if reduce == "max":
-        return out, p.amax(2)
-    return out, (p.square() if reduce == "square" else p).sum(2)
+    return count_one(q, k, v, reduce, scale, live)
 
 
 class SlotView(LayerView):

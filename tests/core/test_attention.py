@@ -7,13 +7,13 @@ import torch
 
 from kvsieve import attention
 from kvsieve.attention import (
-    _count_one,
     attend,
     attend_and_count,
     attend_few,
     attend_naive,
     attention_mass,
     attention_mass_naive,
+    count_one,
 )
 
 
@@ -141,12 +141,18 @@ def test_a_few_queries_equal_naive(shape, masked, scale):
 def test_one_query_is_counted_as_it_attends(dtype, reduce, tile):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, n, 8).to(dtype) for heads, n in ((6, 1), (2, 37), (2, 37)))
-    out, mass = _count_one(q, k, v, reduce, None, tile)
+    out, mass = count_one(q, k, v, reduce, tile=tile)
     loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(out, attend_naive(q, k, v), **loose)
     torch.testing.assert_close(mass, attention_mass_naive(q, k, None, reduce), **loose)
     assert (out.dtype, mass.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
-    torch.testing.assert_close(attend_and_count(q, k, v, reduce), _count_one(q, k, v, reduce, None))
+    torch.testing.assert_close(attend_and_count(q, k, v, reduce), count_one(q, k, v, reduce))
+    live = torch.rand(2, 2, 37) < 0.6
+    mask = live.repeat_interleave(3, 1)[:, :, None]
+    out, mass = count_one(q, k, v, reduce, live=live, tile=tile)
+    torch.testing.assert_close(out, attend_naive(q, k, v, mask=mask), **loose)
+    torch.testing.assert_close(mass, attention_mass_naive(q, k, None, reduce, mask=mask), **loose)
+    assert not bool(mass[~live].any())
 
 
 def test_mass_is_conserved_and_lse_reused():
