@@ -185,12 +185,10 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, s
         mask: `[B|1, Hkv|1, T, N]` bool, what each query may see; everything by default.
         scale: factor on the logits, `D ** -0.5` by default.
     """
-    hkv, t = k.shape[1], q.shape[2]
-    group = q.shape[1] // hkv
-    rows = q.unflatten(1, (hkv, group)).flatten(2, 3)
-    seen = None if mask is None else mask.repeat(1, 1, group, 1)
-    out = scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
-    return out.unflatten(2, (group, t)).flatten(1, 2)
+    b, hkv, t = q.shape[0], k.shape[1], q.shape[2]
+    rows = q.reshape(b, hkv, -1, q.shape[-1])
+    seen = None if mask is None else mask.repeat(1, 1, rows.shape[2] // t, 1)
+    return scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale).reshape(*q.shape[:3], -1)
 
 
 @torch.no_grad()
@@ -236,23 +234,24 @@ def count_one(
     """`attend_and_count` for one query `[B, H, 1, D]`, over the keys where `live` `[B, Hkv, N]` is true (all of them by
     default). A processor multiplies a few rows in half precision ten times slower than in single precision, so keys and
     values are widened there, a tile at a time."""
-    hkv, n = k.shape[1], k.shape[2]
-    group, wide = q.shape[1] // hkv, torch.promote_types(q.dtype, torch.float32)
-    rows = q.reshape(q.shape[0], hkv, group, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    b, hkv, n, d = k.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = q.reshape(b * hkv, -1, d) * (d**-0.5 if scale is None else scale)
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)  # of products, one call each: this runs in every step
     if q.device.type != "cpu" or q.dtype == wide:
-        p = _shares(rows @ k.transpose(-1, -2), live, wide)
-        out = p.to(v.dtype) @ v
+        p = _shares(torch.bmm(rows, keys.transpose(1, 2)), live, wide)
+        out = torch.bmm(p.to(v.dtype), values)
     else:
         rows, steps = rows.to(wide), range(0, n, tile)
-        logits = torch.cat([rows @ k[:, :, s : s + tile].to(wide).transpose(-1, -2) for s in steps], -1)
+        logits = torch.cat([torch.bmm(rows, keys[:, s : s + tile].to(wide).transpose(1, 2)) for s in steps], -1)
         p = _shares(logits, live, wide)
-        out = torch.stack([p[..., s : s + tile] @ v[:, :, s : s + tile].to(wide) for s in steps]).sum(0)
-    return out.to(v.dtype).reshape(*q.shape[:3], -1), _reduced(p[:, :, :, None], reduce)
+        out = torch.stack([torch.bmm(p[..., s : s + tile], values[:, s : s + tile].to(wide)) for s in steps]).sum(0)
+    return out.to(v.dtype).view(*q.shape[:3], -1), _reduced(p.view(b, hkv, -1, 1, n), reduce)
 
 
 def _shares(logits: Tensor, live: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Probabilities from logits `[B, Hkv, G, N]`, exactly zero where `live` is false."""
-    seen = logits if live is None else logits.masked_fill(~live[:, :, None], -math.inf)
+    """Probabilities from logits `[B * Hkv, G, N]`, exactly zero where `live` `[B, Hkv, N]` is false."""
+    seen = logits if live is None else logits.masked_fill(~live.flatten(0, 1)[:, None], -math.inf)
     return seen.softmax(-1, dtype=dtype)
 
 

@@ -20,6 +20,7 @@ from .layer import KVLayer
 from .measure import kept_positions, measure
 from .policy import Policy
 from .rope import Rotary
+from .steps import StepGroup
 from .triggers import EveryForward, OnRequest
 
 __all__ = ["SieveCache", "SieveLayer"]
@@ -68,9 +69,9 @@ class SieveCache(Cache):
         hf.enable(model)
         if scorer.wants_hidden:
             hf.hook_hidden_states(hf.attention_modules(model))
-        group = LayerGroup()
+        group, steps = LayerGroup(), StepGroup()
         for rank, index in enumerate(managed):
-            stock[index] = SieveLayer(KVLayer(policy, index, rank, len(managed), positions, rope, group))
+            stock[index] = SieveLayer(KVLayer(policy, index, rank, len(managed), positions, rope, group, steps))
         super().__init__(layers=stock)
         self.policy, self.positions = policy, positions
         self._config, self._first = config, managed[0]

@@ -21,6 +21,7 @@ from .ledger import KEY, KIND, PLACE, POSITION, SEGMENT, VALUE, Kind
 from .policy import Policy
 from .ragged import RaggedStore
 from .rope import Rotary
+from .steps import StepGroup, Verdict, one_out
 from .store import DenseStore, Store
 from .triggers import OnRequest
 from .view import LayerView, Visibility
@@ -51,6 +52,7 @@ class KVLayer:
             the oldest, by `place`); the last two need `rope`.
         rope: the model's rotary embedding, for `"slot"` positions and scorers that ask for it.
         group: the layers that are cut together, where the policy asks for that; a layer on its own needs none.
+        steps: the layers whose decode steps are decided on together, which takes less time; not needed either.
         window: segments older than the last `window` leave, whatever the policy says; the first one, and what the
             policy protects, stay.
         room: tokens of a forward pass, where they are always as many: after an eviction, storage fits what is kept
@@ -66,6 +68,7 @@ class KVLayer:
         positions: str = "original",
         rope: Rotary | None = None,
         group: LayerGroup | None = None,
+        steps: StepGroup | None = None,
         window: int | None = None,
         room: int | None = None,
     ) -> None:
@@ -75,6 +78,9 @@ class KVLayer:
         self.group = None if not policy.joint else LayerGroup() if group is None else group
         if self.group is not None:
             self.group.members.append(self)
+        self.steps = steps
+        if steps is not None:
+            steps.members.append(self)
         self.scale: float | None = None
         self.softcap: float | None = None
         self.sinks: Tensor | None = None
@@ -100,6 +106,8 @@ class KVLayer:
         self._collected: tuple[str, Tensor] | None = None
         if self.group is not None:
             self.group.forget(self)
+        if self.steps is not None:
+            self.steps.forget(self)
 
     @property
     def real_seen(self) -> list[int]:
@@ -120,7 +128,8 @@ class KVLayer:
         """A copy of the sequence; policy and model parts are shared."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        for name in ("store", "state", "pads", "first", "new_keys", "_pending", "_latest", "_collected", "group"):
+        own = ("store", "state", "pads", "first", "new_keys", "_pending", "_latest", "_collected", "group", "steps")
+        for name in own:
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -152,9 +161,9 @@ class KVLayer:
             raise UnsupportedOperationError(
                 f"the cache holds {self.store.batch} sequences, the new tokens have {b}; reset() or use a new cache"
             )
-        new = {KEY: keys, VALUE: values, POSITION: _count_up(self.seen, t, keys).expand(b, h, t)}
-        if self.positions == "contiguous" or PLACE in self.store.columns:
-            new[PLACE] = _count_up(self.next_place, t, keys).expand(b, h, t)
+        new: dict[str, Tensor | float] = {KEY: keys, VALUE: values, POSITION: _count_up(self.seen, t, keys)}
+        if self.positions == "contiguous" or self.store.has(PLACE):
+            new[PLACE] = _count_up(self.next_place, t, keys)
         self.next_place += t
         self.new_kind = kind
         if kind is not None:
@@ -163,9 +172,11 @@ class KVLayer:
             value = torch.as_tensor(segment, dtype=torch.int32, device=keys.device)
             new[SEGMENT] = _per_head(value.expand(t) if value.dim() == 0 else value, b, h, t)
             self.segment = segment if isinstance(segment, int) else int(value.max())
-        token = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
-        limit = self.policy.limit(self.n_layers * b * h * token, self.room)
-        self.store.append(new, None if limit is None else limit + self.room)
+        limit = None
+        if not self.store.has_room(t):
+            token = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+            limit = self.policy.limit(self.n_layers * b * h * token, self.room)
+        self.store.append(new, t, None if limit is None else limit + self.room)
         self.seen += t
         self.new_keys = keys
 
@@ -228,16 +239,20 @@ class KVLayer:
         return LayerView(self, forward.queries, forward.visibility, forward.hidden, forward.collected)
 
     def _decide(self, view: LayerView) -> None:
-        if self.group is None:
-            self.cut(view)
-        else:
+        if self.group is not None:
             self.group.wait(self, view)
+        elif self.steps is not None and view.new == 1:
+            self.steps.wait(self, view)
+        else:
+            self.cut(view)
 
     def settle(self) -> None:
         """`commit`, together with all layers that wait for this one. Once a forward pass has gone on to the next
         layers, this one has nothing to settle, while those before it hold the very same pass back."""
         if self._pending is not None:
             self.commit() if self.group is None else self.group.commit()
+        if self.steps is not None and self.steps.waits(self):
+            self.steps.flush()
 
     def evict(self) -> None:
         """Evict now, as if the forward pass that came last had just ended; for policies whose trigger is `OnRequest`,
@@ -265,8 +280,13 @@ class KVLayer:
 
     def cut(self, view: LayerView, counts: Tensor | None = None) -> None:
         """Let go of what the policy does not keep; `counts` as in `Policy.keep`."""
+        verdict = one_out(self.policy, [view], [self.store])[0] if counts is None else (False, None)
+        self.carry_out(verdict, view, counts)
+
+    def carry_out(self, verdict: Verdict, view: LayerView, counts: Tensor | None = None) -> None:
+        """`cut`, once `steps.one_out` has given its verdict."""
         before = self.store.tokens
-        handled, victims = self.policy.one_out(view)
+        handled, victims = verdict
         keep = None
         if victims is not None:
             self.store.drop(victims, self._room)
@@ -422,11 +442,11 @@ class KVLayer:
         return self._pending is not None
 
 
-def _count_up(start: int, count: int, like: Tensor) -> Tensor:
-    """`[count]` int32 from `start` on."""
+def _count_up(start: int, count: int, like: Tensor) -> Tensor | int:
+    """`[B, Hkv, count]` int32 from `start` on, for `like` `[B, Hkv, count, D]`; just `start` where that is all."""
     if count == 1:
-        return torch.full((1,), start, dtype=torch.int32, device=like.device)
-    return torch.arange(start, start + count, dtype=torch.int32, device=like.device)
+        return start
+    return torch.arange(start, start + count, dtype=torch.int32, device=like.device).expand(like.shape[:3])
 
 
 def _per_head(values: Tensor, b: int, h: int, t: int) -> Tensor:

@@ -19,14 +19,14 @@ __all__ = ["towards_newest", "towards_oldest"]
 def towards_newest(store: Store, rope: Rotary, newest: int) -> Tensor:
     """Keys as they would lie without gaps behind them, the newest at place `newest`, where it came; the stored ones
     stay as they are. `[B, Hkv, N, D]` of a dense store, `[total, D]` of a ragged one."""
-    came = store.read(PLACE if PLACE in store.columns else POSITION).long()
+    came = store.read(PLACE if store.has(PLACE) else POSITION).long()
     return _rotated(store, rope, (newest - came - _newer_held(store)).masked_fill(~store.live, 0))
 
 
 def towards_oldest(store: Store, rope: Rotary, length: int) -> bool:
     """Rotate the stored keys to the places up to `length`, without gaps; heads that hold less begin later. Returns
     whether any of them moved."""
-    if PLACE not in store.columns:  # so far, every token lies where it came
+    if not store.has(PLACE):  # so far, every token lies where it came
         store.columns[PLACE] = store.columns[POSITION].clone()
     live, target = store.live, length - 1 - _newer_held(store)
     shift = (target - store.read(PLACE)).masked_fill(~live, 0)

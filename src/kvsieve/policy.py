@@ -20,8 +20,8 @@ from . import triggers as _triggers
 from .budgets import Budget, Bytes, EvictRatio, OfStream, Ratio, Threshold, Tokens, Unlimited, parse_budget
 from .errors import BudgetError, PolicyError
 from .protect import Protect
-from .scorer import SCORERS, Scorer, StaticScorer
-from .select import check_scores, lowest_slot
+from .scorer import SCORERS, Scorer
+from .select import check_scores
 from .shares import AcrossHeads, LayerVariance, Pyramid, Share, Uniform
 from .triggers import AfterPrefill, EveryForward, Trigger, parse_trigger
 from .view import LayerView
@@ -108,7 +108,7 @@ class Policy:
         if isinstance(self.budget, Threshold):
             scores = check_scores(self.scorer.score(view), view.positions, valid)
             return valid & (view.protected | (scores >= self.budget.value))
-        counts = self._layer_counts(view) if counts is None else counts
+        counts = torch.tensor(self.count_list(view)) if counts is None else counts
         held = valid.sum(-1)
         if self.share.uniform and not bool((held.cpu() > counts[:, None]).any()):
             return valid
@@ -120,59 +120,8 @@ class Policy:
         per_head = self.share.per_head(scores, valid, protected, counts)
         return self.share.choose(scores, view.positions, valid, protected, per_head)
 
-    def one_out(self, view: LayerView) -> tuple[bool, Tensor | None]:
-        """Fast path of `keep` for a decode step: at most one token leaves every head, and nothing is padded.
-
-        Returns:
-            `(handled, victims)`: when handled, `victims` `[B, Hkv]` are the slots that leave (-1 in heads that lose
-            none), or `None` if none does; when not handled, `keep` has to decide.
-        """
-        guard = self.protect
-        if not (view.unpadded and self.evicts) or guard.kinds or guard.segments or self.joint:
-            return False, None
-        if not self.trigger.fires(view):
-            return True, None
-        if isinstance(self.budget, Threshold):
-            return self._below(view, self.budget.value)
-        if not (view.plain and self.uniform):
-            return False, None
-        floor = min(view.seen, max(guard.smallest, self.scorer.least(view)))
-        counts = self._count_list(view)
-        if min(counts) < floor and not isinstance(self.budget, (Ratio, EvictRatio)):
-            return False, None  # `keep` refuses where it has to
-        excess = [view.held - max(count, floor) for count in counts]
-        if max(excess) <= 0:
-            return True, None
-        if min(excess) != 1 or max(excess) != 1:
-            return False, None
-        view.counts = [max(count, floor) for count in counts]
-        scores = check_scores(self.scorer.score(view), view.positions)
-        return True, lowest_slot(scores, view.positions, view.protected)
-
-    def _below(self, view: LayerView, threshold: float) -> tuple[bool, Tensor | None]:
-        """`one_out` for a threshold: with scores that are settled on arrival, and all else decided on before, only the
-        token that has just lost its protection can go."""
-        position = view.seen - 1 - self.protect.recent
-        settled = isinstance(self.scorer, StaticScorer) and self.scorer.fixed
-        if not (settled and view.new == 1 and self.protect.recent and view.decided == view.seen - 1):
-            return False, None
-        if position < self.protect.sink:
-            return True, None
-        slots = view.find(position)
-        if slots is None:
-            return False, None
-        scores = view.at("score", slots)
-        stays = scores >= threshold  # as `keep` compares them, in the precision of the scores
-        staying = int(stays.sum())
-        if bool(scores.isnan().any()) or (0 < staying < stays.numel() and view.plain):
-            return False, None  # `keep` refuses NaN, and heads of a dense store cannot part here
-        return True, None if staying == stays.numel() else slots.masked_fill(stays, -1)
-
-    def _layer_counts(self, view: LayerView) -> Tensor:
-        """`[B]` tokens per head of this layer, on average over its heads."""
-        return torch.tensor(self._count_list(view), dtype=torch.long)
-
-    def _count_list(self, view: LayerView) -> list[int]:
+    def count_list(self, view: LayerView) -> list[int]:
+        """Tokens per head of this layer, on average over its heads, for every row."""
         if type(self.budget) is Tokens and type(self.share) is Uniform:
             return [self.budget.n] * view.positions.shape[0]
         rows = []

@@ -18,7 +18,10 @@ from .shares import Share, Uniform
 if TYPE_CHECKING:
     from .view import LayerView
 
-__all__ = ["SCORERS", "Scorer", "StaticScorer"]
+__all__ = ["SCORE", "SCORERS", "Scorer", "StaticScorer"]
+
+SCORE = "score"
+"""Ledger column of a verdict that never changes."""
 
 SCORERS: dict[str, type[Scorer]] = {}
 """Every method by name, filled as methods are defined."""
@@ -118,10 +121,10 @@ class StaticScorer(Scorer):
         raise NotImplementedError
 
     def observe(self, view: LayerView) -> None:
-        view.write_new("score", self.token_score(view).to(_stat_dtype(view.new_keys)))
+        view.write_new(SCORE, self.token_score(view).to(_stat_dtype(view.new_keys)))
 
     def score(self, view: LayerView) -> Tensor:
-        return view.column("score")
+        return view.column(SCORE)
 
 
 def _stat_dtype(like: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ScoreError
 
-__all__ = ["check_scores", "lowest_slot", "top_mask", "top_mask_naive"]
+__all__ = ["check_scores", "check_shape", "lowest_slot", "top_mask", "top_mask_naive", "weakest"]
 
 
 def check_scores(scores: Tensor, positions: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -22,11 +22,7 @@ def check_scores(scores: Tensor, positions: Tensor, valid: Tensor | None = None)
         positions: `[B, Hkv, N]`, the shape that scores must have.
         valid: `[B, Hkv, N]` bool, where a token is; everywhere by default.
     """
-    if scores.shape != positions.shape:
-        raise ScoreError(
-            f"a scorer must return one score per stored token, shape {tuple(positions.shape)}; "
-            f"it returned {tuple(scores.shape)}"
-        )
+    check_shape(scores, positions)
     if scores.dtype != torch.float64:
         scores = scores.float()
     if not scores.numel() or not bool(scores.amin().isnan()):
@@ -39,6 +35,16 @@ def check_scores(scores: Tensor, positions: Tensor, valid: Tensor | None = None)
         raise ScoreError(
             f"{int(bad.sum())} of {total} scores are NaN; "
             "the model's keys, values or hidden states are probably not finite"
+        )
+    return scores
+
+
+def check_shape(scores: Tensor, positions: Tensor) -> Tensor:
+    """Return `scores` as they are, or raise `ScoreError` if they are not one per entry of `positions`."""
+    if scores.shape != positions.shape:
+        raise ScoreError(
+            f"a scorer must return one score per stored token, shape {tuple(positions.shape)}; "
+            f"it returned {tuple(scores.shape)}"
         )
     return scores
 
@@ -102,12 +108,30 @@ def _largest(values: Tensor, ranks: Tensor) -> Tensor:
 
 
 def lowest_slot(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
-    """`[B, Hkv]` slot of the lowest score of every head among slots that are not `closed`; the oldest among equals."""
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():  # in a third of the time
-        table = np.where(closed.numpy(), np.inf, scores.detach().numpy())
-        lowest, slots = table.min(-1, keepdims=True), table.argmin(-1)
-        if np.count_nonzero(table == lowest) == slots.size and lowest.max() < np.inf:
-            return torch.from_numpy(slots)
+    """`[B, Hkv]` slot of the lowest score of every head among slots that are not `closed`; the oldest among equals.
+    Scores are as `check_scores` returns them."""
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _weakest(scores, positions, closed)
+    return _lowest_slot(scores, positions, closed)
+
+
+def weakest(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
+    """`lowest_slot` of scores as they come from a scorer, with the errors of `check_scores`."""
+    check_shape(scores, positions)
+    wide = scores.dtype in (torch.float32, torch.float64)
+    if wide and scores.device.type == "cpu" and not np.isnan(scores.detach().numpy().min()):
+        return _weakest(scores, positions, closed)
+    return lowest_slot(check_scores(scores, positions), positions, closed)
+
+
+def _weakest(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
+    """`lowest_slot` for a processor, in few and cheap steps: a full cache asks once per layer and token."""
+    worth = scores.detach().numpy().copy()
+    np.copyto(worth, np.inf, where=closed.numpy())
+    slots = worth.argmin(-1)
+    lowest = np.take_along_axis(worth, slots[..., None], -1)
+    if np.count_nonzero(worth == lowest) == slots.size and lowest.max() < np.inf:
+        return torch.from_numpy(slots)
     return _lowest_slot(scores, positions, closed)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import UnsupportedOperationError
 from .ledger import KEY, KIND, PLACE, POSITION, SEGMENT, VALUE, spec_of
-from .store import Columns, DenseStore, Store
+from .store import Columns, DenseStore, NewColumns, Store
 
 __all__ = ["SlotStore", "fill_of"]
 
@@ -163,7 +163,7 @@ class SlotStore(Store):
         self.ensure(name)
         self.columns[name].add_(values.detach())
 
-    def append(self, new: Columns, limit: int | None = None) -> None:
+    def append(self, new: NewColumns, count: int, limit: int | None = None) -> None:
         raise UnsupportedOperationError("fixed slots take one token at a time")
 
     def keep(self, mask: Tensor, uniform: bool = False, room: int | None = None) -> Store:

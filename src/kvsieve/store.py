@@ -2,26 +2,27 @@
 
 Two layouts share one interface, `Store`. `DenseStore` holds the same number of tokens in every head,
 `[B, Hkv, cap, ...]`; `RaggedStore` (in `ragged.py`) gives every head a segment of its own. Neither copies the cache
-when a token is appended or when one token per head is dropped: appending writes into spare capacity, and dropping one
-token moves the last token into its slot (attention does not care about order when keys carry their rotation, and every
-token carries its position).
+when a token is appended or when one token per head is dropped: appending writes into spare capacity, and the slot of a
+token that was dropped goes to the next one (attention does not care about order when keys carry their rotation, and
+every token carries its position). Who looks before that token comes finds the last one moved there instead.
 
 Shapes: `B` batch, `Hkv` key-value heads, `N` stored tokens of the longest head, `T` new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .ledger import KEY, POSITION, VALUE, spec_of
 
-__all__ = ["Columns", "DenseStore", "Store", "fresh", "spare"]
+__all__ = ["Columns", "DenseStore", "NewColumns", "Store", "fresh", "put", "spare"]
 
 Columns = dict[str, Tensor]
-
+NewColumns = Mapping[str, Tensor | float]
+"""`[B, Hkv, T, ...]` of new tokens; a number stands for the same everywhere."""
 
 SPARE_SHARE, MIN_SPARE = 32, 8
 
@@ -34,12 +35,28 @@ def spare(need: int, share: int = SPARE_SHARE) -> int:
 class Store:
     """Common interface; `columns` maps a name to the buffer that holds it."""
 
-    columns: Columns
     batch: int
     heads: int
     ordered: bool
+    """Whether slots are in order of position, so that the new tokens lie at the end."""
     new: int
-    """Tokens appended last, at the end of every head, until the next `keep`."""
+    """Tokens appended last, until the next `keep` or `drop`."""
+    _columns: Columns
+    _newest: Tensor | None = None
+    """`[B * Hkv * T]` flat slots of the new tokens, where they do not lie at the end of a dense store."""
+
+    @property
+    def columns(self) -> Columns:
+        """Names to the buffers that hold them; changes to the dictionary count."""
+        self.settle()
+        return self._columns
+
+    @columns.setter
+    def columns(self, columns: Columns) -> None:
+        self._columns = columns
+
+    def settle(self) -> None:
+        """Close the gaps that `drop` has left for the next token."""
 
     @property
     def lengths(self) -> Tensor:
@@ -56,14 +73,18 @@ class Store:
         """Tokens held, summed over batch and heads."""
         raise NotImplementedError
 
+    def has_room(self, count: int) -> bool:
+        """Whether `count` tokens are known to fit without a copy."""
+        return False
+
     @property
     def live(self) -> Tensor:
         """`[B, Hkv, N]` bool: slots that hold a token (all of them in a dense store)."""
         raise NotImplementedError
 
-    def append(self, new: Columns, limit: int | None = None) -> None:
-        """Add `T` tokens to every head. `new` has `[B, Hkv, T, ...]` per column, columns not named get their fill
-        value. `limit`: tokens per head that will never be exceeded for long, a bound on spare capacity."""
+    def append(self, new: NewColumns, count: int, limit: int | None = None) -> None:
+        """Add `count` tokens to every head. Columns that `new` does not name get their fill value. `limit`: tokens per
+        head that will never be exceeded for long, a bound on spare capacity."""
         raise NotImplementedError
 
     def read(self, name: str) -> Tensor:
@@ -86,8 +107,8 @@ class Store:
         raise NotImplementedError
 
     def drop(self, victims: Tensor, room: int | None = None) -> None:
-        """Drop one token per head, at slots `victims` `[B, Hkv]`: the last token moves into its slot. In a ragged store
-        a head with slot -1 drops none. `room` as in `keep`."""
+        """Drop one token per head, at slots `victims` `[B, Hkv]`: the next token takes its slot, or the last one does.
+        In a ragged store a head with slot -1 drops none. `room` as in `keep`."""
         raise NotImplementedError
 
     def find(self, position: int) -> Tensor | None:
@@ -108,20 +129,39 @@ class Store:
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Bytes of the storages behind these columns, spare capacity included."""
-        return sum(self.columns[n].untyped_storage().nbytes() for n in names if n in self.columns)
+        return sum(self._columns[n].untyped_storage().nbytes() for n in names if n in self._columns)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value in one head."""
-        return sum(self.columns[n].shape[-1] * self.columns[n].element_size() for n in (KEY, VALUE))
+        return sum(self._columns[n].shape[-1] * self._columns[n].element_size() for n in (KEY, VALUE))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a column of this name."""
+        return name in self._columns
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens lie."""
+        return self._columns[KEY].device
 
     def ensure(self, name: str) -> None:
         """Create the ledger column `name`, filled with its default, if it is not there yet."""
-        if name not in self.columns:
-            reference, spec = self.columns[KEY], spec_of(name)
+        if name not in self._columns:
+            reference, spec = self._columns[KEY], spec_of(name)
             wide = spec.dtype.is_floating_point and reference.dtype == torch.float64
             dtype = torch.float64 if wide else spec.dtype
-            self.columns[name] = torch.full(reference.shape[:-1], spec.fill, dtype=dtype, device=reference.device)
+            self._columns[name] = torch.full(reference.shape[:-1], spec.fill, dtype=dtype, device=reference.device)
+
+
+def put(rows: Tensor, where: Tensor, values: Tensor | float) -> None:
+    """Write new tokens `[B, Hkv, T, ...]`, or a number, into `rows` `[slots, ...]` at the flat slots `where`."""
+    if isinstance(values, Tensor):
+        rows.index_copy_(0, where, values.flatten(0, 2).to(rows.dtype))
+    elif rows.device.type == "cpu":  # a third of the time
+        rows.detach().numpy()[where.numpy()] = values
+    else:
+        rows.index_fill_(0, where, values)
 
 
 def fresh(old: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
@@ -141,6 +181,8 @@ class DenseStore(Store):
         self.n = 0
         self.new = 0
         self.ordered = True
+        self._gaps: Tensor | None = None  # [B * Hkv] flat slots, one among the first n + 1 of every head
+        self._starts, self._spacing = torch.zeros(0, dtype=torch.long), 0
 
     @property
     def lengths(self) -> Tensor:
@@ -156,15 +198,21 @@ class DenseStore(Store):
 
     @property
     def capacity(self) -> int:
-        return self.columns[KEY].shape[2] if self.columns else 0
+        return self._columns[KEY].shape[2] if self._columns else 0
 
     @property
     def live(self) -> Tensor:
-        return torch.ones(self.batch, self.heads, self.n, dtype=torch.bool, device=self.columns[KEY].device)
+        return torch.ones(self.batch, self.heads, self.n, dtype=torch.bool, device=self.device)
 
-    def append(self, new: Columns, limit: int | None = None) -> None:
-        t = new[KEY].shape[2]
-        need = self.n + t
+    def has_room(self, count: int) -> bool:
+        return self.n + count <= self.capacity
+
+    def append(self, new: NewColumns, count: int, limit: int | None = None) -> None:
+        if self._gaps is not None and count == 1:
+            self._fill_gaps(new, self._gaps)
+            return
+        self.settle()
+        need = self.n + count
         if need > self.capacity:
             capacity = need
             if self.n:
@@ -173,32 +221,64 @@ class DenseStore(Store):
             self._resize(capacity, new)
         for name in new:
             self.ensure(name)
-        for name, buffer in self.columns.items():
-            if name in new:
-                buffer[:, :, self.n : need] = new[name]
+        for name, buffer in self._columns.items():
+            values, place = new.get(name), buffer[:, :, self.n : need]
+            if isinstance(values, Tensor):
+                place.copy_(values)
             else:
-                buffer[:, :, self.n : need] = spec_of(name).fill
-        self.n, self.new = need, t
+                place.fill_(spec_of(name).fill if values is None else values)
+        self.n, self.new, self._newest = need, count, None
 
-    def _resize(self, capacity: int, like: Columns) -> None:
+    def _fill_gaps(self, new: NewColumns, gaps: Tensor) -> None:
+        """`append` of one token per head, into the slots of those that were dropped."""
+        for name in new:
+            self.ensure(name)
+        self._gaps = None
+        for name, buffer in self._columns.items():
+            put(buffer.flatten(0, 2), gaps, new.get(name, spec_of(name).fill))
+        self.n, self.new = self.n + 1, 1
+        self._newest = None if self.ordered else gaps
+
+    def settle(self) -> None:
+        if self._gaps is None:
+            return
+        gone, self._gaps = self._gaps, None
+        last = self._heads_at() + self.n
+        for buffer in self._columns.values():
+            rows = buffer.flatten(0, 2)
+            rows.index_copy_(0, gone, rows.index_select(0, last))
+
+    def _heads_at(self) -> Tensor:
+        """`[B * Hkv]` flat slot where every head begins."""
+        heads, capacity = self.batch * self.heads, self.capacity
+        if len(self._starts) != heads or self._spacing != capacity:  # kept, as every step of a full cache asks
+            self._starts, self._spacing = torch.arange(heads, device=self.device) * capacity, capacity
+        return self._starts
+
+    def _resize(self, capacity: int, like: NewColumns) -> None:
         shape = (self.batch, self.heads, capacity)
-        source = self.columns or like
-        for name, old in source.items():
-            buffer = fresh(old, shape, name)
-            if self.columns and self.n:
-                buffer[:, :, : self.n] = old[:, :, : self.n]
-            self.columns[name] = buffer
+        had = self.columns
+        for name, old in (had or like).items():
+            if isinstance(old, Tensor):  # `ensure` makes the others
+                buffer = fresh(old, shape, name)
+                if had and self.n:
+                    buffer[:, :, : self.n] = old[:, :, : self.n]
+                self._columns[name] = buffer
 
     def read(self, name: str) -> Tensor:
         return self.columns[name][:, :, : self.n]
 
     def write_new(self, name: str, values: Tensor) -> None:
         self.ensure(name)
-        self.columns[name][:, :, self.n - self.new : self.n] = values
+        buffer = self.columns[name]
+        if self._newest is None:
+            buffer[:, :, self.n - self.new : self.n].copy_(values)
+        else:
+            put(buffer.flatten(0, 2), self._newest, values)
 
     def add(self, name: str, values: Tensor) -> None:
         self.ensure(name)
-        self.columns[name][:, :, : self.n] += values
+        self.read(name).add_(values)
 
     def keep(self, mask: Tensor, uniform: bool = False, room: int | None = None) -> Store:
         counts = mask.sum(-1)
@@ -219,8 +299,7 @@ class DenseStore(Store):
         if not self.ordered:
             order = self.read(POSITION).gather(2, index).argsort(-1)
             index, self.ordered = index.gather(2, order), True
-        head = torch.arange(self.batch * self.heads, device=index.device).view(self.batch, self.heads, 1)
-        rows = (index + head * self.capacity).flatten()
+        rows = (index + self._heads_at().view(self.batch, self.heads, 1)).flatten()
         for name, buffer in self.columns.items():
             kept_rows = buffer.flatten(0, 2).index_select(0, rows).unflatten(0, (self.batch, self.heads, kept))
             if room is not None:
@@ -228,33 +307,29 @@ class DenseStore(Store):
                 roomy[:, :, :kept] = kept_rows
                 kept_rows = roomy
             self.columns[name] = kept_rows
-        self.n, self.new = kept, 0
+        self.n, self.new, self._newest = kept, 0, None
         return self
 
     def _close_gaps(self, mask: Tensor, kept: int) -> None:
         """Move the kept tokens behind slot `kept` into the slots before it that became free."""
-        head = torch.arange(self.batch * self.heads, device=mask.device).view(self.batch, self.heads, 1) * self.capacity
-        slot = head + torch.arange(self.n, device=mask.device)
+        slot = self._heads_at().view(self.batch, self.heads, 1) + torch.arange(self.n, device=mask.device)
         gaps, movers = slot[..., :kept][~mask[..., :kept]], slot[..., kept:][mask[..., kept:]]
         for buffer in self.columns.values():  # both run head after head, as many of one as of the other
             rows = buffer.view(-1, *buffer.shape[3:])
             rows.index_copy_(0, gaps, rows.index_select(0, movers))
         self.ordered = self.ordered and not bool(movers.numel())
-        self.n, self.new = kept, 0
+        self.n, self.new, self._newest = kept, 0, None
 
     def pack(self) -> None:
         if self.capacity > self.n:
             self.columns = {name: buffer[:, :, : self.n].clone() for name, buffer in self.columns.items()}
 
     def drop(self, victims: Tensor, room: int | None = None) -> None:
+        self.settle()
         last = self.n - 1
         self.ordered = self.ordered and bool((victims == last).all())
-        head = torch.arange(self.batch * self.heads, device=victims.device) * self.capacity
-        gone, moved = head + victims.flatten(), head + last
-        for buffer in self.columns.values():
-            rows = buffer.flatten(0, 2)
-            rows.index_copy_(0, gone, rows.index_select(0, moved))
-        self.n, self.new = last, 0
+        self._gaps = victims.flatten() + self._heads_at()
+        self.n, self.new, self._newest = last, 0, None
         if room is not None and self.capacity != last + room:
             self._resize(last + room, self.columns)
 
@@ -267,7 +342,7 @@ class DenseStore(Store):
         return self.columns[name].gather(2, slots[..., None])[..., 0]
 
     def map_rows(self, rows: Tensor) -> Store:
-        rows = rows.to(self.columns[KEY].device)
+        rows = rows.to(self.device)
         self.columns = {name: buffer.index_select(0, rows) for name, buffer in self.columns.items()}
-        self.batch = rows.numel()
+        self.batch, self.new, self._newest = rows.numel(), 0, None
         return self

@@ -128,14 +128,6 @@ class LayerView:
         """What `seen` was when the policy last decided on everything that is held."""
         return self._layer.decided_at
 
-    def find(self, position: int) -> Tensor | None:
-        """`[B, Hkv]` slots of the token that came at `position`; `None` where a head does not hold it."""
-        return self._store.find(position)
-
-    def at(self, name: str, slots: Tensor) -> Tensor:
-        """`[B, Hkv]` entries of a ledger column at slots `[B, Hkv]`."""
-        return self._store.at(name, slots)
-
     @property
     def real_seen(self) -> list[int]:
         """Real tokens seen by every row, padding not counted."""
@@ -231,7 +223,7 @@ class LayerView:
     @property
     def keys_device(self) -> torch.device:
         """Where the layer lives."""
-        return self._store.columns[KEY].device
+        return self._store.device
 
     # ---- what came in
 
@@ -265,7 +257,7 @@ class LayerView:
 
     def has(self, name: str) -> bool:
         """Whether the ledger has a column of this name."""
-        return name in self._store.columns
+        return self._store.has(name)
 
     def column(self, name: str) -> Tensor:
         """`[B, Hkv, N]` a column of the ledger; zeros if nobody has written it."""
