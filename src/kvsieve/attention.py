@@ -198,27 +198,28 @@ def attend_and_count(
     v: Tensor,
     reduce: str = "sum",
     *,
+    causal_offset: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` and `attention_mass` where every query sees every key, from one computation of the probabilities.
+    """`attend` and `attention_mass` from one computation of the probabilities; arguments as there.
 
     Returns:
         `[B, H, T, Dv]` in `v`'s dtype, and `[B, Hkv, N]` as `attention_mass` gives it.
     """
-    if softcap is None and sinks is None and q.shape[2] == 1:
+    if softcap is None and sinks is None and causal_offset is None and q.shape[2] == 1:
         return count_one(q, k, v, reduce, scale)
     b, hkv, n = k.shape[:3]
     group = q.shape[1] // hkv
     mass = torch.zeros(b, hkv, n, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    out = q.new_empty(b, hkv, group, q.shape[2], v.shape[-1])
+    out = v.new_zeros(b, hkv, group, q.shape[2], v.shape[-1])
     if q.device.type == "cpu" and softcap is None and sinks is None and q.shape[2] * n >= MANY_LOGITS:
-        _head_by_head(q, k, mass, reduce, scale, v=v, out=out)
+        _head_by_head(q, k, mass, reduce, scale, causal_offset=causal_offset, v=v, out=out)
         return out.flatten(1, 2), mass
-    for s, e, _, p in _blocks(q, k, scale, None, None, softcap, sinks, None):
-        out[:, :, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (group, e - s))
-        _count(mass, p, reduce)
+    for s, e, width, p in _blocks(q, k, scale, None, causal_offset, softcap, sinks, None):
+        out[:, :, :, s:e] = (p.flatten(2, 3).to(v.dtype) @ v[:, :, :width]).unflatten(2, (group, e - s))
+        _count(mass[..., :width], p, reduce)
     return out.flatten(1, 2), mass
 
 

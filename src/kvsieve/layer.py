@@ -185,13 +185,13 @@ class KVLayer:
         self.mark_padding(visibility)
         offset, visible = self.visible(visibility)
         keys, reduce = self.attended_keys(), self.policy.scorer.collects if self.policy.evicts else ""
-        unmasked = visible is None and offset is None
         if isinstance(self.store, DenseStore):
             values = self.store.read(VALUE)
-            if unmasked and reduce:
+            if visible is None and reduce and not queries.requires_grad:
                 out, mass = attend_and_count(
-                    queries, keys, values, reduce, scale=self.scale, softcap=self.softcap, sinks=self.sinks
-                )
+                    queries, keys, values, reduce, causal_offset=offset,
+                    scale=self.scale, softcap=self.softcap, sinks=self.sinks,
+                )  # fmt: skip
                 self._collected = (reduce, mass)
                 return out
             return attend(
@@ -200,7 +200,7 @@ class KVLayer:
             )  # fmt: skip
         assert isinstance(self.store, RaggedStore)
         out, collected = ragged_attention.attend(
-            self.store, queries, keys, self.store.columns[VALUE], reduce if unmasked else "", visible=visible,
+            self.store, queries, keys, self.store.columns[VALUE], reduce if visible is None else "", visible=visible,
             scale=self.scale, softcap=self.softcap, sinks=self.sinks,
         )  # fmt: skip
         self._collected = None if collected is None else (reduce, collected)

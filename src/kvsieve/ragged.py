@@ -36,6 +36,7 @@ class RaggedStore(Store):
         self._lengths: Integers = lengths.reshape(-1).cpu().numpy().astype(np.int64)
         self._capacities: Integers = self._lengths
         self._offsets: Integers = self._lengths.cumsum() - self._lengths
+        self._room = 0  # so many tokens fit into every head, and perhaps more
         self.new = 0
         self._gaps: Integers | None = None  # flat slot among the first length + 1 of every head, -1 where there is none
         self._table: tuple[Tensor, Tensor] | None = None
@@ -113,9 +114,12 @@ class RaggedStore(Store):
         if count > 1:
             self.settle()
         need = self._lengths + count
-        if (need > self._capacities).any():
+        self._room -= count
+        if self._room < 0 and (need > self._capacities).any():
             roomy = need + max(spare(int(need.sum())) // need.size, MIN_SPARE // 2)
             self._relayout(roomy if limit is None else np.maximum(need, roomy.clip(max=limit)))
+        if self._room < 0:
+            self._room = int((self._capacities - need).min())
         where = self._offsets + self._lengths
         if self._gaps is not None:
             where, self._gaps = np.where(self._gaps >= 0, self._gaps, where), None
@@ -149,7 +153,7 @@ class RaggedStore(Store):
             buffer = fresh(old, (int(capacities.sum()),), name)
             buffer[target[live]] = old[index[live]]
             self.columns[name] = buffer
-        self._offsets, self._capacities, self._table = offsets, capacities, None
+        self._offsets, self._capacities, self._table, self._room = offsets, capacities, None, -1
 
     def keep(self, mask: Tensor, uniform: bool = False, room: int | None = None) -> Store:
         counts = mask.sum(-1).flatten().cpu().numpy()

@@ -76,13 +76,19 @@ def _attend_one(store: RaggedStore, queries: Tensor, keys: Tensor, values: Tenso
     """`attend` for one query per head: those of a group are the rows of one call per head."""
     b, h, _, d = queries.shape
     rows = queries.reshape(b * store.heads, 1, 1, -1, d).unbind()
-    keys, values = keys[None, None], values[None, None]
     parts = [
-        scaled_dot_product_attention(row, keys[:, :, start:end], values[:, :, start:end], scale=scale)
+        scaled_dot_product_attention(row, _segment(keys, start, end), _segment(values, start, end), scale=scale)
         if end > start else row.new_zeros(*row.shape[:3], values.shape[-1])
         for row, (start, end) in zip(rows, store.segments(), strict=True)
     ]  # fmt: skip
     return torch.cat(parts, 1).view(b, h, 1, -1)
+
+
+def _segment(flat: Tensor, start: int, end: int) -> Tensor:
+    """`flat[None, None, start:end]` of `[total, D]`, in a third of the time."""
+    row, column = flat.stride()
+    shape = (1, 1, end - start, flat.shape[1])
+    return flat.as_strided(shape, (0, 0, row, column), flat.storage_offset() + start * row)
 
 
 def attention_mass(

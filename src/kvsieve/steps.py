@@ -159,10 +159,11 @@ def _judged(policy: Policy, views: Sequence[LayerView], stores: Sequence[Store],
     slots, scores = found
     stays = scores >= threshold  # as `Policy.keep` compares them, in the precision of the scores
     victims = torch.from_numpy(np.where(stays, -1, slots))
+    broken, staying = np.isnan(scores).any((1, 2)).tolist(), stays.mean((1, 2)).tolist()
     verdicts: list[Verdict] = []
-    for view, own, staying, leaving in zip(views, scores, stays.sum((1, 2)).tolist(), victims, strict=True):
-        if np.isnan(own).any() or (0 < staying < own.size and view.plain):
+    for view, nan, share, leaving in zip(views, broken, staying, victims, strict=True):
+        if nan or (0 < share < 1 and view.plain):
             verdicts.append(_KEEP_DECIDES)  # `keep` refuses NaN, and heads of a dense store cannot part here
         else:
-            verdicts.append(_NOBODY if staying == own.size else (True, leaving))
+            verdicts.append(_NOBODY if share == 1 else (True, leaving))
     return verdicts

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvsieve
+from kvsieve import attention
 from kvsieve.budgets import Bytes, OfStream, Ratio
 from kvsieve.errors import BudgetError, ScoreError, UnsupportedOperationError
 from kvsieve.joint import LayerGroup
@@ -340,11 +341,16 @@ def test_attention_that_is_not_finite():
 
 def test_attention_is_formed_once_per_pass(monkeypatch):
     """Scorer and share both ask for it."""
-    calls, original = [], KVLayer.attention_mass
-    monkeypatch.setattr(KVLayer, "attention_mass", lambda *a: calls.append(1) or original(*a))
+    calls, original, counting = [], KVLayer.attention_mass, attention.attend_and_count
+    monkeypatch.setattr(KVLayer, "attention_mass", lambda *a: calls.append("again") or original(*a))
+    monkeypatch.setattr("kvsieve.layer.attend_and_count", lambda *a, **k: calls.append("here") or counting(*a, **k))
     stack = Stack(evict3r())
     stack.feed(20)
-    assert len(calls) == LAYERS
+    assert calls == ["here"] * LAYERS
+    for layer in stack.layers:
+        layer.store.ordered = False  # then queries need a mask, and attention is formed again, once
+    stack.feed(5)
+    assert calls == ["here"] * LAYERS + ["again"] * LAYERS
 
 
 def test_measure():

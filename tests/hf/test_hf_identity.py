@@ -1,7 +1,8 @@
 """With a budget that is never reached, a `SieveCache` changes nothing, whatever the method and the way of calling.
 
 To the bit while a prompt is read in one go, and where the stock attention runs. The last digits differ where a few
-queries meet grouped heads, which kvsieve stacks, and where a method counts the attention of a single query.
+queries meet grouped heads, which kvsieve stacks, and where a method counts the attention of a single query or of a long
+prompt.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from scenarios import HOW, METHODS, REPRESENTATIVE, generate, policy, same, sieve, stock_output
 
 import models
-from kvsieve import get_policy
+from kvsieve import attention, get_policy, layer
 
 AT_ONCE = ("greedy", "beam", "sample", "return_sequences")
 """Ways of calling that read the prompt in one forward pass."""
@@ -45,6 +46,31 @@ def test_every_method_on_llama(name, how):
 @pytest.mark.parametrize("family", [f for f in models.FAMILIES if f != "llama"])
 def test_every_family(family, name, how):
     check(family, how, policy(name), exact="padded" not in how and family not in models.EAGER)
+
+
+@pytest.mark.parametrize("how", ["greedy", "chunked"])
+@pytest.mark.parametrize("name", [name for name in METHODS if policy(name).scorer.collects])
+def test_attention_counted_on_the_way_through_a_prompt(name, how, monkeypatch):
+    monkeypatch.setattr(attention, "MANY_LOGITS", 1)
+    passes: list[int] = []
+    counting = attention.attend_and_count
+    monkeypatch.setattr(layer, "attend_and_count", lambda q, *a, **k: passes.append(q.shape[2]) or counting(q, *a, **k))
+    check("llama", how, policy(name), exact=False)
+    assert max(passes) > 1
+
+
+def test_counting_does_not_stand_in_the_way_of_gradients(monkeypatch):
+    monkeypatch.setattr(attention, "MANY_LOGITS", 1)
+    gradients = []
+    for model, cache in ((models.stock("llama"), None), (models.managed("llama"), sieve("llama", policy("h2o")))):
+        for token in (torch.arange(3, 15)[None], torch.tensor([[5]])):
+            embedded = model.get_input_embeddings()(token).detach().requires_grad_()
+            with torch.enable_grad():
+                out = model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+                gradients.append(torch.autograd.grad(out.logits[:, -1].square().sum(), embedded)[0])
+            cache = out.past_key_values
+    assert all(float(gradient.abs().max()) > 1e-3 for gradient in gradients)
+    torch.testing.assert_close(gradients[:2], gradients[2:], rtol=1e-2, atol=1e-3)
 
 
 BUDGETS = {"threshold": {"threshold": float("-inf")}, "ratio": {"budget": 1.0}, "bytes": {"budget": "1GB"}}
