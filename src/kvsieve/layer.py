@@ -246,6 +246,12 @@ class KVLayer:
         else:
             self.cut(view)
 
+    def decide_alone(self) -> None:
+        """Wait for no other layer at decode steps: for a host that goes through several in one layer."""
+        if self.steps is not None:
+            self.steps.members.remove(self)
+            self.steps = None
+
     def settle(self) -> None:
         """`commit`, together with all layers that wait for this one. Once a forward pass has gone on to the next
         layers, this one has nothing to settle, while those before it hold the very same pass back."""

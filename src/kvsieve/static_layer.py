@@ -156,7 +156,7 @@ class StaticSieveLayer(SieveLayer):
 
     def __init__(self, core: KVLayer) -> None:
         self._core = core
-        core.steps = None  # what is cut goes into slots at once, before the next layer attends
+        core.decide_alone()  # what is left goes into slots at once, before the next layer attends
         super().__init__(core)
         self.slots: SlotStore | None = None
         self._step: Tensor | None = None

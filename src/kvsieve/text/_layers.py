@@ -25,6 +25,7 @@ class ParallelLayer(SieveLayer):
     """
 
     def __init__(self, core: KVLayer, done: Callable[[], None]) -> None:
+        core.decide_alone()  # its steps are over before the next layer begins
         super().__init__(core)
         self.visible = 0
         self._done = done
