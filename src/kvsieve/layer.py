@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import placement, ragged_attention
-from .attention import ByPosition, Visible, attend, attend_and_count, attention_mass
+from . import placement
+from .attended import AttendedLayer, per_head
 from .errors import UnsupportedOperationError
 from .joint import LayerGroup
-from .ledger import KEY, KIND, PLACE, POSITION, SEGMENT, VALUE, Kind
+from .ledger import KEY, KIND, PLACE, POSITION, SEGMENT, VALUE
 from .policy import Policy
-from .ragged import RaggedStore
 from .rope import Rotary
 from .steps import StepGroup, Verdict, one_out
-from .store import DenseStore, Store
+from .store import DenseStore
 from .triggers import OnRequest
 from .view import LayerView, Visibility
 
@@ -41,7 +40,7 @@ class _Forward:
     collected: tuple[str, Tensor] | None
 
 
-class KVLayer:
+class KVLayer(AttendedLayer):
     """Keys, values and ledger of one layer, kept within a policy's budget.
 
     Args:
@@ -72,47 +71,28 @@ class KVLayer:
         window: int | None = None,
         room: int | None = None,
     ) -> None:
-        self.policy, self.layer_idx, self.rank, self.n_layers = policy, layer_idx, rank, n_layers
-        self.positions, self.rope = positions, rope
-        self.window, self._room = window, room
+        self.layer_idx, self.rank, self.n_layers, self._room = layer_idx, rank, n_layers, room
         self.group = None if not policy.joint else LayerGroup() if group is None else group
         if self.group is not None:
             self.group.members.append(self)
         self.steps = steps
         if steps is not None:
             steps.members.append(self)
-        self.scale: float | None = None
-        self.softcap: float | None = None
-        self.sinks: Tensor | None = None
-        self.reset()
+        super().__init__(policy, positions, rope, window)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store: Store = DenseStore(0, 0)
+        super().reset()
         self.state: dict[str, Tensor] = {}
-        self.seen = 0
-        self.pads = torch.zeros(0, dtype=torch.long)
-        self._pad_columns: Tensor | None = None
-        self.first = torch.zeros(0, dtype=torch.long)
         self.segment = 0
-        self.evictions = 0
         self.evicted_at = self.decided_at = 0
-        self.has_pads = self.padded = False
         self.new_keys = _NOTHING
-        self.new_kind: Tensor | None = None
         self._pending: _Forward | None = None
         self._latest: _Forward | None = None
-        self.next_place = 0
-        self._collected: tuple[str, Tensor] | None = None
         if self.group is not None:
             self.group.forget(self)
         if self.steps is not None:
             self.steps.forget(self)
-
-    @property
-    def real_seen(self) -> list[int]:
-        """Tokens that every row was fed, padding not counted."""
-        return [self.seen - pads for pads in self.pads.tolist()]
 
     @property
     def fitted(self) -> bool:
@@ -167,10 +147,10 @@ class KVLayer:
         self.next_place += t
         self.new_kind = kind
         if kind is not None:
-            new[KIND] = _per_head(kind.to(torch.uint8), b, h, t)
+            new[KIND] = per_head(kind.to(torch.uint8), b, h, t)
         if segment is not None:
             value = torch.as_tensor(segment, dtype=torch.int32, device=keys.device)
-            new[SEGMENT] = _per_head(value.expand(t) if value.dim() == 0 else value, b, h, t)
+            new[SEGMENT] = per_head(value.expand(t) if value.dim() == 0 else value, b, h, t)
             self.segment = segment if isinstance(segment, int) else int(value.max())
         limit = None
         if not self.store.has_room(t):
@@ -179,32 +159,6 @@ class KVLayer:
         self.store.append(new, t, None if limit is None else limit + self.room)
         self.seen += t
         self.new_keys = keys
-
-    def attend(self, queries: Tensor, visibility: Visibility) -> Tensor:
-        """Attention of `queries` `[B, H, T, D]` over everything held, `[B, H, T, Dv]`."""
-        self.mark_padding(visibility)
-        offset, visible = self.visible(visibility)
-        keys, reduce = self.attended_keys(), self.policy.scorer.collects if self.policy.evicts else ""
-        if isinstance(self.store, DenseStore):
-            values = self.store.read(VALUE)
-            if visible is None and reduce and not queries.requires_grad:
-                out, mass = attend_and_count(
-                    queries, keys, values, reduce, causal_offset=offset,
-                    scale=self.scale, softcap=self.softcap, sinks=self.sinks,
-                )  # fmt: skip
-                self._collected = (reduce, mass)
-                return out
-            return attend(
-                queries, keys, values, visible=visible, causal_offset=offset,
-                scale=self.scale, softcap=self.softcap, sinks=self.sinks,
-            )  # fmt: skip
-        assert isinstance(self.store, RaggedStore)
-        out, collected = ragged_attention.attend(
-            self.store, queries, keys, self.store.columns[VALUE], reduce if visible is None else "", visible=visible,
-            scale=self.scale, softcap=self.softcap, sinks=self.sinks,
-        )  # fmt: skip
-        self._collected = None if collected is None else (reduce, collected)
-        return out
 
     def observe(
         self, queries: Tensor | None, visibility: Visibility, hidden: Tensor | None = None, hold: bool = False
@@ -308,77 +262,6 @@ class KVLayer:
             self.evictions += 1
             self.evicted_at = self.seen
 
-    # ---- what attention needs
-
-    def mark_padding(self, visibility: Visibility) -> None:
-        """Write into the ledger which of the new tokens are padding, once per forward pass."""
-        padding = visibility.padding
-        if padding is None or visibility.start + visibility.count != self.seen:
-            return
-        real = visibility.real_queries()
-        if real is None or bool(real.all()):
-            return
-        self.has_pads = self.padded = True
-        b, h = self.store.batch, self.store.heads
-        kind = self.new_kind if self.new_kind is not None else torch.tensor(int(Kind.TEXT), dtype=torch.uint8)
-        kind = torch.where(real.to(kind.device), kind, int(Kind.PAD)).to(torch.uint8)
-        self.store.write_new(KIND, _per_head(kind, b, h, visibility.count))
-        ahead = padding[:, : self.seen]
-        self.pads, self._pad_columns = self.seen - ahead.sum(-1).cpu(), ~ahead
-        self.first = torch.where(ahead.any(-1), ahead.to(torch.uint8).argmax(-1), self.seen).to(self.first.device)
-        if self.positions == "slot" and bool(
-            (~padding[:, : self.seen]).sum(-1).to(self.first.device).ne(self.first).any()
-        ):
-            raise UnsupportedOperationError('positions="slot" needs padding on the left only')
-
-    def visible(self, visibility: Visibility) -> tuple[int | None, Visible | None]:
-        """`(causal_offset, visible)` for the attention functions: at most one of them is set, none means that
-        every query sees every key. Older queries than the new ones may have lost keys between them, so only the
-        new ones can count on a triangle."""
-        if visibility.everything and not self.has_pads and isinstance(self.store, DenseStore):
-            return None, None
-        plain = visibility.function is None and not visibility.everything and not self.has_pads
-        if plain and visibility.count == 1:
-            return None, None
-        if plain and self.store.ordered and visibility.count <= self.store.new:
-            return self.store.longest - visibility.count, None
-        positions = self.store.read(POSITION)
-        if plain:
-            return None, ByPosition(
-                visibility.start, positions, None if isinstance(self.store, DenseStore) else self.store.live
-            )
-        live = self.store.live
-        if self.has_pads:
-            live = live & (self.store.read(KIND) != Kind.PAD)
-        return None, lambda s, e: visibility.mask(positions, live, s, e)
-
-    def attended_keys(self) -> Tensor:
-        """Keys as attention sees them: `[B, Hkv, N, D]` of a dense store, `[total, D]` of a ragged one."""
-        if self.positions == "slot" and self.rope is not None and self.evictions:
-            return placement.towards_newest(self.store, self.rope, self.next_place - 1)
-        return self.store.read(KEY) if isinstance(self.store, DenseStore) else self.store.columns[KEY]
-
-    def attention_mass(self, view: LayerView, queries: Tensor, weights: Tensor | None, reduce: str) -> Tensor:
-        """See `LayerView.attention_mass`."""
-        t = queries.shape[2]
-        visibility = replace(view._visibility, start=view.seen - t, count=t)
-        real = visibility.real_queries()
-        if real is not None and not bool(real.all()):
-            real = real[:, None].to(queries.device, queries.dtype)
-            weights = real if weights is None else weights * real
-        offset, visible = self.visible(visibility)
-        keys = self.attended_keys()
-        if isinstance(self.store, DenseStore):
-            return attention_mass(
-                queries, keys, weights, reduce, visible=visible, causal_offset=offset,
-                scale=self.scale, softcap=self.softcap, sinks=self.sinks,
-            )  # fmt: skip
-        assert isinstance(self.store, RaggedStore)
-        return ragged_attention.attention_mass(
-            self.store, queries, keys, weights, reduce, visible=visible,
-            scale=self.scale, softcap=self.softcap, sinks=self.sinks,
-        )  # fmt: skip
-
     # ---- changes to the batch and to the past
 
     def map_rows(self, rows: Tensor) -> None:
@@ -433,16 +316,6 @@ class KVLayer:
         self.commit(rejected=min(count, held_back))
 
     @property
-    def plain(self) -> bool:
-        """Whether every slot of every head holds a real token that may stay and no row began with padding."""
-        return self.unpadded and isinstance(self.store, DenseStore)
-
-    @property
-    def unpadded(self) -> bool:
-        """Whether no row began with padding and segments do not age."""
-        return not self.padded and self.window is None
-
-    @property
     def pending(self) -> bool:
         """Whether a forward pass waits for `commit`."""
         return self._pending is not None
@@ -453,8 +326,3 @@ def _count_up(start: int, count: int, like: Tensor) -> Tensor | int:
     if count == 1:
         return start
     return torch.arange(start, start + count, dtype=torch.int32, device=like.device).expand(like.shape[:3])
-
-
-def _per_head(values: Tensor, b: int, h: int, t: int) -> Tensor:
-    """`[T]` or `[B, T]` -> `[B, Hkv, T]`."""
-    return (values[None] if values.dim() == 1 else values)[:, None].expand(b, h, t)

@@ -10,11 +10,10 @@ from kvsieve.attention import (
     attend,
     attend_and_count,
     attend_few,
-    attend_naive,
     attention_mass,
-    attention_mass_naive,
     count_one,
 )
+from kvsieve.attention_naive import attend_naive, attention_mass_naive
 
 
 @pytest.fixture(params=[attention.BLOCK_BYTES, 1], ids=["one block", "many blocks"])

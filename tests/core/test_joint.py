@@ -343,7 +343,7 @@ def test_attention_is_formed_once_per_pass(monkeypatch):
     """Scorer and share both ask for it."""
     calls, original, counting = [], KVLayer.attention_mass, attention.attend_and_count
     monkeypatch.setattr(KVLayer, "attention_mass", lambda *a: calls.append("again") or original(*a))
-    monkeypatch.setattr("kvsieve.layer.attend_and_count", lambda *a, **k: calls.append("here") or counting(*a, **k))
+    monkeypatch.setattr("kvsieve.attended.attend_and_count", lambda *a, **k: calls.append("here") or counting(*a, **k))
     stack = Stack(evict3r())
     stack.feed(20)
     assert calls == ["here"] * LAYERS

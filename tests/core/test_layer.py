@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvsieve
-from kvsieve.attention import attend_naive
+from kvsieve.attention_naive import attend_naive
 from kvsieve.budgets import Tokens
 from kvsieve.errors import BudgetError, ScoreError, UnsupportedOperationError
 from kvsieve.layer import KVLayer

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvsieve
-from kvsieve.attention import _probabilities_naive
+from kvsieve.attention_naive import probabilities_naive
 from kvsieve.budgets import Bytes, EvictRatio, OfStream, Ratio, Tokens
 from kvsieve.errors import BudgetError, PolicyError
 from kvsieve.layer import KVLayer
@@ -150,7 +150,7 @@ class Peek(LayerVariance):
         q, keys = view.queries, view.keys
         causal = view.positions[:, :, None, :] <= view.new_positions[:, None]
         mask = causal & view.real[:, :, None, :]
-        p = _probabilities_naive(q, keys, None, mask.repeat_interleave(H // HKV, 1), None, None)
+        p = probabilities_naive(q, keys, None, mask.repeat_interleave(H // HKV, 1), None, None)
         if view.real_queries is not None:
             p = p * view.real_queries[:, None, :, None]
         want = []

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvsieve
-from kvsieve.attention import _probabilities_naive, attend_naive
+from kvsieve.attention_naive import attend_naive, probabilities_naive
 from kvsieve.budgets import EvictRatio
 from kvsieve.errors import PolicyError
 from kvsieve.layer import KVLayer
@@ -277,7 +277,7 @@ def test_only_what_was_counted_is_taken_from_the_count(reduce):
     layer, visibility = stream.layer, Visibility(0, 2 * FRAME, everything=True)
     wrong = torch.full(layer.store.read(POSITION).shape, -1.0)
     view = LayerView(layer, stream.q, visibility, None, ("sum", wrong))
-    p = _probabilities_naive(stream.q, view.keys, None, None, None, None).unflatten(1, (HKV, -1))
+    p = probabilities_naive(stream.q, view.keys, None, None, None, None).unflatten(1, (HKV, -1))
     want = {"sum": p.sum((2, 3)), "max": p.amax((2, 3)), "square": p.square().sum((2, 3))}[reduce]
     got = view.attention_mass(reduce=reduce)
     assert torch.equal(got, wrong) if reduce == "sum" else torch.allclose(got, want)
@@ -326,7 +326,7 @@ def naive_mass(layer: KVLayer, q: torch.Tensor, everything: bool, t: int) -> tor
     mask = torch.ones(1, HKV, t, positions.shape[-1], dtype=torch.bool)
     if not everything:
         mask = positions[:, :, None] <= torch.arange(layer.seen - t, layer.seen)[:, None]
-    p = _probabilities_naive(q, layer.store.read(KEY), None, mask.repeat_interleave(H // HKV, 1), None, None)
+    p = probabilities_naive(q, layer.store.read(KEY), None, mask.repeat_interleave(H // HKV, 1), None, None)
     table = torch.zeros(*p.shape[:3], layer.seen, dtype=p.dtype)
     where = positions.repeat_interleave(H // HKV, 1)[:, :, None].expand(-1, -1, t, -1)
     return table.scatter_(-1, where, p)
@@ -374,7 +374,7 @@ def test_frame_attention_is_its_formula(aggregation, everything, monkeypatch):
 
     def score(self, view):
         got, t = original(self, view), view.new
-        p = _probabilities_naive(
+        p = probabilities_naive(
             view.queries, view.keys, None,
             None if everything else
             (view.positions[:, :, None] <= view.new_positions[:, None]).repeat_interleave(H // HKV, 1), None, None,

@@ -12,7 +12,7 @@ import torch
 from scenarios import HOW, METHODS, REPRESENTATIVE, generate, policy, same, sieve, stock_output
 
 import models
-from kvsieve import attention, get_policy, layer
+from kvsieve import attended, attention, get_policy
 
 AT_ONCE = ("greedy", "beam", "sample", "return_sequences")
 """Ways of calling that read the prompt in one forward pass."""
@@ -54,7 +54,9 @@ def test_attention_counted_on_the_way_through_a_prompt(name, how, monkeypatch):
     monkeypatch.setattr(attention, "MANY_LOGITS", 1)
     passes: list[int] = []
     counting = attention.attend_and_count
-    monkeypatch.setattr(layer, "attend_and_count", lambda q, *a, **k: passes.append(q.shape[2]) or counting(q, *a, **k))
+    monkeypatch.setattr(
+        attended, "attend_and_count", lambda q, *a, **k: passes.append(q.shape[2]) or counting(q, *a, **k)
+    )
     check("llama", how, policy(name), exact=False)
     assert max(passes) > 1
 

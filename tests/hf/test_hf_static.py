@@ -151,7 +151,7 @@ def test_what_left_weighs_nothing() -> None:
 @pytest.mark.parametrize("extra", [{}, {"softcap": 3.0}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}])
 @pytest.mark.parametrize("reduce", ["", "sum", "max", "square"])
 def test_attention_over_slots(reduce: str, extra: dict[str, Any]) -> None:
-    from kvsieve.attention import attend_naive, attention_mass_naive
+    from kvsieve.attention_naive import attend_naive, attention_mass_naive
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, n, 8, generator=generator) for h, n in ((4, 1), (2, 9), (2, 9)))

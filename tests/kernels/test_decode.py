@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvsieve.attention import attend_naive
+from kvsieve.attention_naive import attend_naive
 from kvsieve.kernels.naive import decode_naive
 
 # B, H, Hkv, T, D, Dv, longest head

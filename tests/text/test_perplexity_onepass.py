@@ -10,7 +10,7 @@ import torch
 
 import models
 from kvsieve import get_policy
-from kvsieve.attention import attend_naive
+from kvsieve.attention_naive import attend_naive
 from kvsieve.budgets import Threshold
 from kvsieve.errors import BudgetError, ScoreError
 from kvsieve.layer import KVLayer
