@@ -85,17 +85,14 @@ def one_out(policy: Policy, views: Sequence[LayerView], stores: Sequence[Store])
         return [_KEEP_DECIDES] * len(views)
     verdicts = [_by_counts(policy, view) for view in views]
     undecided = [index for index, verdict in enumerate(verdicts) if verdict is None]
-    if not undecided:
-        pass
-    elif isinstance(policy.budget, Threshold):
-        some = _judged(policy, [views[i] for i in undecided], [stores[i] for i in undecided], policy.budget.value)
-        for index, verdict in zip(undecided, some, strict=True):
+    for alike in _of_one_shape(undecided, views, stores):
+        some, theirs = [views[i] for i in alike], [stores[i] for i in alike]
+        if isinstance(policy.budget, Threshold):
+            decided = _judged(policy, some, theirs, policy.budget.value)
+        else:
+            decided = [(True, slots) for slots in _weakest(policy, some)]
+        for index, verdict in zip(alike, decided, strict=True):
             verdicts[index] = verdict
-    else:
-        for alike in _equally_long(undecided, views):
-            victims = _weakest([views[i] for i in alike], policy)
-            for index, slots in zip(alike, victims, strict=True):
-                verdicts[index] = True, slots
     return [_KEEP_DECIDES if verdict is None else verdict for verdict in verdicts]
 
 
@@ -123,19 +120,18 @@ def _by_counts(policy: Policy, view: LayerView) -> Verdict | None:
     return None if view.held == min(counts) + 1 == max(counts) + 1 else _KEEP_DECIDES
 
 
-# ---- a number of tokens may stay: the one with the lowest score leaves
-
-
-def _equally_long(indices: Sequence[int], views: Sequence[LayerView]) -> Iterable[list[int]]:
-    """The indices of views that hold as many tokens as each other."""
-    groups: dict[int, list[int]] = {}
+def _of_one_shape(indices: Sequence[int], views: Sequence[LayerView], stores: Sequence[Store]) -> Iterable[list[int]]:
+    """The indices of layers with as many rows and heads as each other, and in dense ones as many tokens."""
+    groups: dict[tuple[int, ...], list[int]] = {}
     for index in indices:
-        groups.setdefault(views[index].held, []).append(index)
+        store = stores[index]
+        shape = store.batch, store.heads, store.longest if views[index].plain else -1
+        groups.setdefault(shape, []).append(index)
     return groups.values()
 
 
-def _weakest(views: Sequence[LayerView], policy: Policy) -> Sequence[Tensor]:
-    """`[B, Hkv]` slots of the token with the lowest score, for every view."""
+def _weakest(policy: Policy, views: Sequence[LayerView]) -> Sequence[Tensor]:
+    """Where a number of tokens may stay: `[B, Hkv]` slots of the one with the lowest score, for every view."""
     scores = [policy.scorer.score(view) for view in views]
     if len(views) == 1:
         return [weakest(scores[0], views[0].positions, views[0].protected)]
@@ -145,13 +141,9 @@ def _weakest(views: Sequence[LayerView], policy: Policy) -> Sequence[Tensor]:
     return weakest(torch.cat(scores), positions, protected).split(views[0].positions.shape[0])
 
 
-# ---- a threshold says what may stay: one token is looked at
-
-
 def _judged(policy: Policy, views: Sequence[LayerView], stores: Sequence[Store], threshold: float) -> list[Verdict]:
-    """What becomes of the token that has just lost its protection."""
-    alike = all((store.batch, store.heads) == (stores[0].batch, stores[0].heads) for store in stores)
-    found = look_up(stores, views[0].seen - 1 - policy.protect.recent, SCORE) if alike else None
+    """Where a threshold says what may stay: what becomes of the token that has just lost its protection."""
+    found = look_up(stores, views[0].seen - 1 - policy.protect.recent, SCORE)
     if found is None and len(views) > 1:
         return [_judged(policy, [v], [s], threshold)[0] for v, s in zip(views, stores, strict=True)]
     if found is None:

@@ -328,7 +328,7 @@ class DenseStore(Store):
         self.settle()
         last = self.n - 1
         self.ordered = self.ordered and bool((victims == last).all())
-        self._gaps = victims.flatten() + self._heads_at()
+        self._gaps = victims.flatten().to(self.device) + self._heads_at()
         self.n, self.new, self._newest = last, 0, None
         if room is not None and self.capacity != last + room:
             self._resize(last + room, self.columns)

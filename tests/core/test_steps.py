@@ -47,7 +47,8 @@ def fed(which: int) -> torch.Tensor:
 class Stack:
     """Some layers of one cache, fed in the order of a forward pass."""
 
-    def __init__(self, policy: Policy, together: bool) -> None:
+    def __init__(self, policy: Policy, together: bool, heads: tuple[int, ...] = (HKV,) * LAYERS) -> None:
+        self.heads = heads
         self.steps = StepGroup() if together else None
         self.layers = [KVLayer(policy, i, i, LAYERS, rope=rotary(), steps=self.steps) for i in range(LAYERS)]
         self.q, self.k, self.v = (fed(which) for which in range(3))
@@ -56,7 +57,7 @@ class Stack:
         layer = self.layers[i]
         part = slice(layer.seen, layer.seen + t)
         visibility = Visibility(layer.seen, t)
-        layer.append(self.k[i, :, :, part], self.v[i, :, :, part])
+        layer.append(self.k[i, :, : self.heads[i], part], self.v[i, :, : self.heads[i], part])
         out = layer.attend(self.q[i, :, :, part], visibility)
         layer.observe(self.q[i, :, :, part], visibility, hold=hold)
         return out
@@ -72,11 +73,11 @@ class Stack:
             position, live = layer.store.read(POSITION).long(), layer.store.live
             index = position.clamp_min(0)[..., None].expand(-1, -1, -1, D)
             for name, source in ((KEY, self.k), (VALUE, self.v)):
-                assert torch.equal(layer.store.read(name)[live], source[i].gather(2, index)[live])
+                assert torch.equal(layer.store.read(name)[live], source[i, :, : self.heads[i]].gather(2, index)[live])
 
 
-def twins(policy: Policy) -> tuple[Stack, Stack]:
-    return Stack(policy, True), Stack(policy, False)
+def twins(policy: Policy, **settings: Any) -> tuple[Stack, Stack]:
+    return Stack(policy, True, **settings), Stack(policy, False, **settings)
 
 
 def go_on(together: Stack, alone: Stack, tokens: tuple[int, ...]) -> None:
@@ -190,6 +191,13 @@ def test_layers_of_different_length_decide_for_themselves(monkeypatch):
     assert len(calls) > 1
     alone.feed()
     assert together.held() == alone.held()
+
+
+@pytest.mark.parametrize("chosen", ["h2o", "threshold"])
+def test_layers_of_different_width(chosen):
+    policy = by_threshold(recent=2) if chosen == "threshold" else policies(chosen)[0]
+    together, alone = twins(policy, heads=(2, 1, 2))
+    go_on(together, alone, (20, *[1] * 10))
 
 
 @dataclass(frozen=True)
