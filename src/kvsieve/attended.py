@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import placement, ragged_attention
-from .attention import ByPosition, Visible, attend, attend_and_count, attention_mass
+from .attention import ByPosition, Visible, attend, attend_and_count, attention_mass, needs_gradient
 from .errors import UnsupportedOperationError
 from .ledger import KEY, KIND, POSITION, VALUE, Kind
 from .policy import Policy
@@ -74,10 +74,12 @@ class AttendedLayer:
         """Attention of `queries` `[B, H, T, D]` over everything held, `[B, H, T, Dv]`."""
         self.mark_padding(visibility)
         offset, visible = self.visible(visibility)
-        keys, reduce = self.attended_keys(), self.policy.scorer.collects if self.policy.evicts else ""
+        keys, ragged = self.attended_keys(), not isinstance(self.store, DenseStore)
+        values = self.store.columns[VALUE] if ragged else self.store.read(VALUE)
+        counts = visible is None and self.policy.evicts and not needs_gradient(queries, keys, values)
+        reduce = self.policy.scorer.collects if counts else ""
         if isinstance(self.store, DenseStore):
-            values = self.store.read(VALUE)
-            if visible is None and reduce and not queries.requires_grad:
+            if reduce:
                 out, mass = attend_and_count(
                     queries, keys, values, reduce, causal_offset=offset,
                     scale=self.scale, softcap=self.softcap, sinks=self.sinks,
@@ -90,7 +92,7 @@ class AttendedLayer:
             )  # fmt: skip
         assert isinstance(self.store, RaggedStore)
         out, collected = ragged_attention.attend(
-            self.store, queries, keys, self.store.columns[VALUE], reduce if visible is None else "", visible=visible,
+            self.store, queries, keys, values, reduce, visible=visible,
             scale=self.scale, softcap=self.softcap, sinks=self.sinks,
         )  # fmt: skip
         self._collected = None if collected is None else (reduce, collected)

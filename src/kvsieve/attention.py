@@ -28,6 +28,7 @@ __all__ = [
     "attend_few",
     "attention_mass",
     "count_one",
+    "needs_gradient",
 ]
 
 BLOCK_BYTES = 16 << 20
@@ -188,6 +189,11 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, s
     rows = q.reshape(b, hkv, -1, q.shape[-1])
     seen = None if mask is None else mask.repeat(1, 1, rows.shape[2] // t, 1)
     return scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale).reshape(*q.shape[:3], -1)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether an output made of these tensors has to let gradients through, which `attend_and_count` does not."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 @torch.no_grad()

@@ -105,6 +105,7 @@ class SieveLayer(CacheLayerMixin):
         offset, visible = core.visible(visibility)
         counts = core.policy.evicts and bool(core.policy.scorer.collects)
         counted = counts and visible is None and _best_counted(query, core.store.longest)
+        counted = counted and not attention.needs_gradient(query, key, value)
         if isinstance(core.store, DenseStore) and softcap is None and s_aux is None and not counted:
             keys, values = core.attended_keys(), core.store.read(VALUE)
             seen = self._mask(visibility.count, offset, visible)
@@ -215,8 +216,6 @@ class SieveLayer(CacheLayerMixin):
 def _best_counted(query: Tensor, held: int) -> bool:
     """Whether a scorer that needs the attention of `query` `[B, H, T, D]` over `held` keys anyway is served best by an
     output from the same probabilities: for a single query, and on a processor for long prompts, where it costs a
-    quarter less than the stock attention and a second pass. Counting lets no gradient through."""
-    if query.requires_grad:
-        return False
+    quarter less than the stock attention and a second pass."""
     long = query.shape[2] * held >= attention.MANY_LOGITS
     return query.shape[2] == 1 or (long and query.device.type == "cpu" and query.dtype in _FULL_PRECISION)

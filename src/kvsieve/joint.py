@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,28 +17,59 @@ if TYPE_CHECKING:
     from .layer import KVLayer
     from .view import LayerView
 
-__all__ = ["LayerGroup"]
+__all__ = ["LayerGroup", "Members"]
 
 
-class LayerGroup:
+class Members:
+    """The layers of one cache, in the order in which they attend, and what they have handed over. Layers know their
+    group; it must not keep them alive in turn, or a cache that is deleted would hold its memory."""
+
+    def __init__(self) -> None:
+        self._members: list[weakref.ref[KVLayer]] = []
+        self.waiting: dict[int, LayerView] = {}
+
+    @property
+    def members(self) -> list[KVLayer]:
+        """The layers, by rank."""
+        return [member for ref in self._members if (member := ref()) is not None]
+
+    def is_last(self, member: KVLayer) -> bool:
+        """Whether no other layer attends after this one."""
+        return self._members[-1]() is member
+
+    def join(self, member: KVLayer) -> None:
+        """Take a layer in."""
+        members = sorted([*self.members, member], key=lambda layer: layer.rank)
+        self._members = [weakref.ref(layer) for layer in members]
+
+    def leave(self, member: KVLayer) -> None:
+        """Go on without this layer."""
+        self.forget(member)
+        self._members = [weakref.ref(layer) for layer in self.members if layer is not member]
+
+    def forget(self, member: KVLayer) -> None:
+        """What `member` has handed over no longer holds."""
+        self.waiting.pop(member.rank, None)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Members:
+        """A group that the copies of the layers join as they are made."""
+        twin = type(self)()
+        memo[id(self)] = twin
+        twin.waiting = copy.deepcopy(self.waiting, memo)
+        return twin
+
+
+class LayerGroup(Members):
     """The layers of one cache under one policy with a joint share.
 
     Each member reports a finished forward pass (`wait`); the last one to do so makes the decision for all. Between
     that pass's first layer and its last, every layer holds the new tokens beside its budget.
     """
 
-    def __init__(self) -> None:
-        self.members: list[KVLayer] = []
-        self.waiting: dict[int, LayerView] = {}
-
     def commit(self) -> None:
         """Carry out what the members have postponed, before any of them takes new tokens."""
         for member in self.members:
             member.commit()
-
-    def forget(self, member: KVLayer) -> None:
-        """What `member` has reported no longer holds."""
-        self.waiting.pop(member.rank, None)
 
     def wait(self, member: KVLayer, view: LayerView) -> None:
         """`member` has seen the forward pass in `view` and is ready to be cut.
@@ -53,16 +86,17 @@ class LayerGroup:
         if ahead < view.seen:
             self.waiting.clear()  # an interrupted pass left these behind
         self.waiting[member.rank] = view
-        if len(self.waiting) < len(self.members):
+        members = self.members
+        if len(self.waiting) < len(members):
             return
-        views = [self.waiting[member.rank] for member in self.members]
+        views = [self.waiting[member.rank] for member in members]
         self.waiting = {}
-        trigger = self.members[0].policy.trigger
+        trigger = member.policy.trigger
         if not any(trigger.fires(view) for view in views):  # one layer over a length is enough
-            for member, view in zip(self.members, views, strict=True):
+            for member, view in zip(members, views, strict=True):
                 member.cut(view)
             return
-        for member, view, counts in zip(self.members, views, self._counts(views), strict=True):
+        for member, view, counts in zip(members, views, self._counts(views), strict=True):
             member.cut(view, counts)
 
     def _counts(self, views: list[LayerView]) -> Tensor:

@@ -73,11 +73,10 @@ class KVLayer(AttendedLayer):
     ) -> None:
         self.layer_idx, self.rank, self.n_layers, self._room = layer_idx, rank, n_layers, room
         self.group = None if not policy.joint else LayerGroup() if group is None else group
-        if self.group is not None:
-            self.group.members.append(self)
-        self.steps = steps
-        if steps is not None:
-            steps.members.append(self)
+        self.steps = steps if self.group is None else None
+        for together in (self.group, self.steps):
+            if together is not None:
+                together.join(self)
         super().__init__(policy, positions, rope, window)
 
     def reset(self) -> None:
@@ -89,10 +88,9 @@ class KVLayer(AttendedLayer):
         self.new_keys = _NOTHING
         self._pending: _Forward | None = None
         self._latest: _Forward | None = None
-        if self.group is not None:
-            self.group.forget(self)
-        if self.steps is not None:
-            self.steps.forget(self)
+        for together in (self.group, self.steps):
+            if together is not None:
+                together.forget(self)
 
     @property
     def fitted(self) -> bool:
@@ -111,6 +109,9 @@ class KVLayer(AttendedLayer):
         own = ("store", "state", "pads", "first", "new_keys", "_pending", "_latest", "_collected", "group", "steps")
         for name in own:
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        for together in (twin.group, twin.steps):
+            if together is not None:
+                together.join(twin)
         return twin
 
     # ---- the three calls of a host
@@ -167,10 +168,11 @@ class KVLayer(AttendedLayer):
         self._pending = _Forward(queries, visibility, hidden, self._collected)
         self._collected = None
         if not hold:
-            self.commit()
+            self.commit(together=True)
 
-    def commit(self, rejected: int = 0) -> None:
-        """Carry out what `observe` has postponed, leaving out the last `rejected` tokens of that forward pass."""
+    def commit(self, rejected: int = 0, together: bool = False) -> None:
+        """Carry out what `observe` has postponed, leaving out the last `rejected` tokens of that forward pass.
+        `together`: all layers are doing so, one after the other."""
         if self._pending is None:
             return
         forward, self._pending = self._pending, None
@@ -187,15 +189,15 @@ class KVLayer(AttendedLayer):
         if isinstance(self.policy.trigger, OnRequest):
             self._latest = forward
             return
-        self._decide(view)
+        self._decide(view, together)
 
     def _view(self, forward: _Forward) -> LayerView:
         return LayerView(self, forward.queries, forward.visibility, forward.hidden, forward.collected)
 
-    def _decide(self, view: LayerView) -> None:
+    def _decide(self, view: LayerView, together: bool = False) -> None:
         if self.group is not None:
             self.group.wait(self, view)
-        elif self.steps is not None and view.new == 1:
+        elif self.steps is not None and together and view.new == 1:
             self.steps.wait(self, view)
         else:
             self.cut(view)
@@ -203,7 +205,7 @@ class KVLayer(AttendedLayer):
     def decide_alone(self) -> None:
         """Wait for no other layer at decode steps: for a host that goes through several in one layer."""
         if self.steps is not None:
-            self.steps.members.remove(self)
+            self.steps.leave(self)
             self.steps = None
 
     def settle(self) -> None:
@@ -286,6 +288,8 @@ class KVLayer(AttendedLayer):
         if count <= 0 or not self.seen:
             self.commit()
             return
+        if self.steps is not None and self.steps.waits(self):
+            self.steps.flush()  # an interrupted pass has left this one undecided
         forward = self._pending
         held_back = forward.visibility.count if forward is not None else 0
         if count > self.seen:

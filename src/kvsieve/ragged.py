@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .ledger import KEY, POSITION, VALUE, spec_of
-from .store import MIN_SPARE, Columns, DenseStore, NewColumns, Store, fresh, put, spare
+from .store import MIN_SPARE, Columns, DenseStore, NewColumns, Store, fresh, move, put, spare
 
 __all__ = ["RaggedStore", "look_up"]
 
@@ -122,15 +122,17 @@ class RaggedStore(Store):
             self._room = int((self._capacities - need).min())
         where = self._offsets + self._lengths
         if self._gaps is not None:
-            where, self._gaps = np.where(self._gaps >= 0, self._gaps, where), None
+            where = np.where(self._gaps >= 0, self._gaps, where)
         if count > 1:
             where = (where[:, None] + np.arange(count)).ravel()
-        newest = self._newest = torch.from_numpy(where).to(self.device)
-        self._lengths, self.new, self._table = need, count, None
+        newest = torch.from_numpy(where).to(self.device)
         for name, buffer in self._columns.items():
             put(buffer, newest, new.get(name, spec_of(name).fill))
+        self._gaps, self._newest = None, newest
+        self._lengths, self.new, self._table = need, count, None
 
     def write_new(self, name: str, values: Tensor) -> None:
+        self._check_new(values)
         self.ensure(name)
         buffer, where = self.columns[name], self._newest
         if where is None:  # others were taken back since
@@ -185,14 +187,13 @@ class RaggedStore(Store):
     def settle(self) -> None:
         if self._gaps is None:
             return
-        gone, self._gaps = self._gaps, None
-        heads = (gone >= 0).nonzero()[0]
-        device = self.device
-        into = torch.from_numpy(gone[heads]).to(device)
-        last = torch.from_numpy((self._offsets + self._lengths)[heads]).to(device)
+        heads = (self._gaps >= 0).nonzero()[0]
+        into = torch.from_numpy(self._gaps[heads]).to(self.device)
+        last = torch.from_numpy((self._offsets + self._lengths)[heads]).to(self.device)
         for buffer in self._columns.values():
-            buffer.index_copy_(0, into, buffer.index_select(0, last))
-        self._columns[POSITION].index_fill_(0, last, spec_of(POSITION).fill)  # or `find` would find it twice
+            move(buffer, last, into)
+        put(self._columns[POSITION], last, spec_of(POSITION).fill)  # or `find` would find it twice
+        self._gaps = None
 
     def find(self, position: int) -> Tensor | None:
         hits = _places(self.columns[POSITION], position)
@@ -216,6 +217,7 @@ class RaggedStore(Store):
 
     def pack(self) -> None:
         self._relayout(self._lengths)
+        self.new, self._newest = 0, None
 
     def _gather(self, mask: Tensor, counts: Integers) -> Store:
         """Pack what stays; back to the dense layout when all heads are equally long again."""
@@ -249,18 +251,19 @@ def _places(values: Tensor, wanted: int) -> Integers:
 
 def look_up(stores: Sequence[Store], position: int, name: str) -> tuple[Integers, npt.NDArray[Any]] | None:
     """Where the token lies that came at `position`, and what column `name` holds of it, in stores of equally many rows
-    and heads: `[stores, B, Hkv]` slots and entries, or `None` where a head does not hold it. Ragged stores are searched
-    all at once."""
+    and heads: `[stores, B, Hkv]` slots and entries. Ragged stores are searched all at once, others one at a time.
+
+    Returns `None` where a head does not hold the token, and for several stores that are not all ragged.
+    """
+    shape = len(stores), stores[0].batch, stores[0].heads
     ragged = [store for store in stores if isinstance(store, RaggedStore)]
     if len(ragged) < len(stores):
-        found = [(store, store.find(position)) for store in stores]
-        pairs = [(slots, store.at(name, slots)) for store, slots in found if slots is not None]
-        if len(pairs) < len(stores):
+        slots = stores[0].find(position) if len(stores) == 1 else None
+        if slots is None:
             return None
-        slots, values = (torch.stack(column).detach().cpu().numpy() for column in zip(*pairs, strict=True))
-        return slots, values
+        return slots.cpu().numpy().reshape(shape), stores[0].at(name, slots).detach().cpu().numpy().reshape(shape)
     columns = [store.columns[POSITION] for store in ragged]
-    hits, shape = _places(torch.cat(columns), position), (len(stores), stores[0].batch, stores[0].heads)
+    hits = _places(torch.cat(columns), position)
     if hits.size != math.prod(shape):  # a head holds a position once
         return None
     ends = np.cumsum([len(column) for column in columns])

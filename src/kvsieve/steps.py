@@ -10,13 +10,14 @@ Shapes: `B` batch, `Hkv` key-value heads, `N` stored tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .budgets import EvictRatio, Ratio, Threshold
+from .joint import Members
 from .ragged import look_up
 from .scorer import SCORE, StaticScorer
 from .select import check_shape, weakest
@@ -37,34 +38,26 @@ _KEEP_DECIDES: Verdict = (False, None)
 _NOBODY: Verdict = (True, None)
 
 
-class StepGroup:
-    """The layers of one cache, in the order in which they attend.
+class StepGroup(Members):
+    """The layers of one cache whose decode steps are decided on together.
 
-    Each member hands over a finished decode step (`wait`); the last one has all of them decided. Until then every layer
-    holds one token beside its budget, for which its storage has room in any case.
+    Each member hands over a finished step (`wait`); the last one has all of them decided. Until then every layer holds
+    one token beside its budget, for which its storage has room in any case.
     """
-
-    def __init__(self) -> None:
-        self.members: list[KVLayer] = []
-        self._waiting: dict[int, LayerView] = {}
 
     def wait(self, member: KVLayer, view: LayerView) -> None:
         """`member` has attended in the decode step of `view` and is ready to let a token go."""
-        self._waiting[member.rank] = view
-        if member is self.members[-1]:
+        self.waiting[member.rank] = view
+        if self.is_last(member):
             self.flush()
 
     def waits(self, member: KVLayer) -> bool:
         """Whether `member` has handed over something that is not decided yet."""
-        return member.rank in self._waiting
-
-    def forget(self, member: KVLayer) -> None:
-        """What `member` has handed over no longer holds."""
-        self._waiting.pop(member.rank, None)
+        return member.rank in self.waiting
 
     def flush(self) -> None:
         """Decide on what is there: all layers after a forward pass, some of them after one that was interrupted."""
-        waiting, self._waiting = self._waiting, {}
+        waiting, self.waiting = self.waiting, {}
         members = [member for member in self.members if member.rank in waiting]
         views = [waiting[member.rank] for member in members]
         verdicts = one_out(members[0].policy, views, [member.store for member in members])
@@ -121,12 +114,13 @@ def _by_counts(policy: Policy, view: LayerView) -> Verdict | None:
 
 
 def _of_one_shape(indices: Sequence[int], views: Sequence[LayerView], stores: Sequence[Store]) -> Iterable[list[int]]:
-    """The indices of layers with as many rows and heads as each other, and in dense ones as many tokens."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    """The indices of layers with as many rows and heads as each other, in dense ones as many tokens, and in one
+    place."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index in indices:
-        store = stores[index]
-        shape = store.batch, store.heads, store.longest if views[index].plain else -1
-        groups.setdefault(shape, []).append(index)
+        view, store = views[index], stores[index]
+        shape = store.batch, store.heads, store.longest if view.plain else -1
+        groups.setdefault((view.seen, store.device, *shape), []).append(index)
     return groups.values()
 
 

@@ -12,13 +12,14 @@ Shapes: `B` batch, `Hkv` key-value heads, `N` stored tokens of the longest head,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from .ledger import KEY, POSITION, VALUE, spec_of
 
-__all__ = ["Columns", "DenseStore", "NewColumns", "Store", "fresh", "put", "spare"]
+__all__ = ["Columns", "DenseStore", "NewColumns", "Store", "fresh", "move", "put", "spare"]
 
 Columns = dict[str, Tensor]
 NewColumns = Mapping[str, Tensor | float]
@@ -92,8 +93,16 @@ class Store:
         raise NotImplementedError
 
     def write_new(self, name: str, values: Tensor) -> None:
-        """Write `[B, Hkv, T, ...]` into the column for the `T` tokens appended last."""
+        """Write `[B, Hkv, T, ...]` into the column for the `T` tokens appended last.
+
+        Raises:
+            ValueError: there are not as many, or storage has changed since.
+        """
         raise NotImplementedError
+
+    def _check_new(self, values: Tensor) -> None:
+        if values.shape[2] != self.new:
+            raise ValueError(f"{self.new} tokens are new, not {values.shape[2]}; storage has changed since they came")
 
     def add(self, name: str, values: Tensor) -> None:
         """Add `[B, Hkv, N]` to the column in place."""
@@ -157,11 +166,18 @@ class Store:
 def put(rows: Tensor, where: Tensor, values: Tensor | float) -> None:
     """Write new tokens `[B, Hkv, T, ...]`, or a number, into `rows` `[slots, ...]` at the flat slots `where`."""
     if isinstance(values, Tensor):
-        rows.index_copy_(0, where, values.flatten(0, 2).to(rows.dtype))
+        rows.index_copy_(0, where, values.flatten(0, 2).to(rows.device, rows.dtype))
     elif rows.device.type == "cpu":  # a third of the time
         rows.detach().numpy()[where.numpy()] = values
     else:
         rows.index_fill_(0, where, values)
+
+
+def move(rows: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy the rows at flat slots `source` to `target`. A cache that was filled in inference mode may be looked at
+    outside of it."""
+    with torch.inference_mode() if rows.is_inference() else nullcontext():
+        rows.index_copy_(0, target, rows.index_select(0, source))
 
 
 def fresh(old: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
@@ -233,20 +249,18 @@ class DenseStore(Store):
         """`append` of one token per head, into the slots of those that were dropped."""
         for name in new:
             self.ensure(name)
-        self._gaps = None
         for name, buffer in self._columns.items():
             put(buffer.flatten(0, 2), gaps, new.get(name, spec_of(name).fill))
-        self.n, self.new = self.n + 1, 1
+        self._gaps, self.n, self.new = None, self.n + 1, 1
         self._newest = None if self.ordered else gaps
 
     def settle(self) -> None:
         if self._gaps is None:
             return
-        gone, self._gaps = self._gaps, None
         last = self._heads_at() + self.n
         for buffer in self._columns.values():
-            rows = buffer.flatten(0, 2)
-            rows.index_copy_(0, gone, rows.index_select(0, last))
+            move(buffer.flatten(0, 2), last, self._gaps)
+        self._gaps = None
 
     def _heads_at(self) -> Tensor:
         """`[B * Hkv]` flat slot where every head begins."""
@@ -269,6 +283,7 @@ class DenseStore(Store):
         return self.columns[name][:, :, : self.n]
 
     def write_new(self, name: str, values: Tensor) -> None:
+        self._check_new(values)
         self.ensure(name)
         buffer = self.columns[name]
         if self._newest is None:
@@ -315,14 +330,14 @@ class DenseStore(Store):
         slot = self._heads_at().view(self.batch, self.heads, 1) + torch.arange(self.n, device=mask.device)
         gaps, movers = slot[..., :kept][~mask[..., :kept]], slot[..., kept:][mask[..., kept:]]
         for buffer in self.columns.values():  # both run head after head, as many of one as of the other
-            rows = buffer.view(-1, *buffer.shape[3:])
-            rows.index_copy_(0, gaps, rows.index_select(0, movers))
+            move(buffer.flatten(0, 2), movers, gaps)
         self.ordered = self.ordered and not bool(movers.numel())
         self.n, self.new, self._newest = kept, 0, None
 
     def pack(self) -> None:
         if self.capacity > self.n:
             self.columns = {name: buffer[:, :, : self.n].clone() for name, buffer in self.columns.items()}
+            self.new, self._newest = 0, None
 
     def drop(self, victims: Tensor, room: int | None = None) -> None:
         self.settle()

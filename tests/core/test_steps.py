@@ -16,13 +16,13 @@ from test_layer import RANKED, policies, rotary
 import kvsieve
 from kvsieve import steps
 from kvsieve.budgets import Tokens
-from kvsieve.errors import ScoreError
+from kvsieve.errors import ScoreError, UnsupportedOperationError
 from kvsieve.layer import KVLayer
 from kvsieve.ledger import KEY, POSITION, VALUE
 from kvsieve.measure import kept_positions
 from kvsieve.policy import Policy
 from kvsieve.protect import Protect
-from kvsieve.ragged import look_up
+from kvsieve.ragged import RaggedStore, look_up
 from kvsieve.scorer import Scorer
 from kvsieve.shares import Pyramid
 from kvsieve.steps import StepGroup
@@ -166,6 +166,35 @@ def test_tokens_that_are_taken_back(name):
         go_on(together, alone, (1, 1))
 
 
+@pytest.mark.parametrize("chosen", ["knorm", "pyramid", "threshold"])
+def test_layers_that_go_back_in_any_order_decide_for_themselves(chosen):
+    """All but one of the tokens of a pass are taken back, so that the rest looks like a decode step."""
+    share = {"share": Pyramid(beta=4, window=2)} if chosen == "pyramid" else {}
+    policy = by_threshold(recent=2) if chosen == "threshold" else kvsieve.get_policy("knorm", budget=12, **share)
+    together, alone = twins(policy)
+    go_on(together, alone, (20, 1, 1))
+    for stack in (together, alone):
+        stack.feed(2, hold=True)
+        for layer in reversed(stack.layers):
+            layer.crop(1)
+    assert not any(together.steps.waits(layer) for layer in together.layers)
+    for stack in (together, alone):
+        for layer in stack.layers:
+            layer.crop(1, regardless=True)
+    go_on(together, alone, (1, 1))
+
+
+def test_a_token_of_an_interrupted_pass_is_taken_back():
+    together, alone = twins(policies("knorm")[0])
+    go_on(together, alone, (20, 1))
+    for stack in (together, alone):
+        stack.one(0)
+        with pytest.raises(UnsupportedOperationError, match="has evicted"):
+            stack.layers[0].crop(1)
+        stack.layers[0].crop(1, regardless=True)
+    go_on(together, alone, (1, 1))
+
+
 def test_all_layers_are_decided_on_at_once(monkeypatch):
     """What makes it fast; and in between no layer moves a token into the slot of another."""
     calls, choose = [], steps.weakest
@@ -224,7 +253,7 @@ def test_nan_is_refused_even_for_tokens_that_are_protected(at):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), count=st.integers(1, 3), h=st.integers(1, 3), kinds=st.integers(0, 2))
 def test_looking_a_token_up_in_several_stores(data, count, h, kinds):
-    """At once, against one store after the other; dense ones (0), ragged ones (1) and both."""
+    """At once, against one store after the other; dense ones (0), ragged ones (1) and both (which are not)."""
     stores: list[Store] = []
     for i in range(count):
         store: Store = DenseStore(B, h)
@@ -242,7 +271,8 @@ def test_looking_a_token_up_in_several_stores(data, count, h, kinds):
     for wanted in range(9):
         singly = [store.find(wanted) for store in stores]
         found = look_up(stores, wanted, "score")
-        assert (found is None) == any(slots is None for slots in singly)
+        at_once = count == 1 or all(isinstance(store, RaggedStore) for store in stores)
+        assert (found is None) == (not at_once or any(slots is None for slots in singly))
         if found is not None:
             for store, slots, place, entry in zip(stores, singly, *found, strict=True):
                 assert slots.tolist() == place.tolist()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvsieve.ledger import KEY, POSITION, VALUE
 from kvsieve.ragged import RaggedStore
-from kvsieve.store import DenseStore, Store
+from kvsieve.store import DenseStore, Store, put
 
 
 def tokens(b: int, h: int, first: int, t: int) -> dict[str, torch.Tensor]:
@@ -180,3 +180,52 @@ def test_steady_state_copies_nothing():
         store.append(tokens(1, 2, i, 1), 1, limit=65)
         assert store.columns[KEY].data_ptr() == buffer
         assert store.columns[KEY].shape[2] == 65
+
+
+def stores_with_a_gap(h: int = 2) -> list[Store]:
+    """A dense and a ragged one, from which the token at position 2 has just been dropped."""
+    dense, ragged = DenseStore(1, h), DenseStore(1, h)
+    for store in (dense, ragged):
+        store.append(tokens(1, h, 0, 7), 7)
+        store.append(tokens(1, h, 7, 1), 1)  # with room to spare
+    mask = torch.ones(1, h, 8, dtype=torch.bool)
+    mask[0, 0, 7] = False
+    both = [dense, ragged.keep(mask)]
+    for store in both:
+        store.drop(torch.full((1, h), 2))
+    return both
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["dense", "ragged"])
+def test_what_was_stored_in_inference_mode_can_be_looked_at_outside(which):
+    with torch.inference_mode():
+        store = stores_with_a_gap()[which]
+    want = contents(stores_with_a_gap()[which])
+    assert contents(store) == want
+    assert contents(store) == want
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["dense", "ragged"])
+def test_a_failed_write_leaves_the_gap(which):
+    store = stores_with_a_gap()[which]
+    with pytest.raises(RuntimeError):
+        store.append({**tokens(1, 2, 8, 1), VALUE: torch.zeros(1, 2, 1, 9)}, 1)
+    assert contents(store) == contents(stores_with_a_gap()[which])
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["dense", "ragged"])
+def test_new_tokens_are_known_until_storage_changes(which):
+    store = stores_with_a_gap()[which]
+    store.append(tokens(1, 2, 8, 1), 1)
+    store.write_new("mass", torch.full((1, 2, 1), 7.0))
+    position, mass = store.read(POSITION), store.read("mass")
+    assert (mass[position == 8] == 7).all()
+    assert (mass[(position != 8) & store.live] != 7).all()
+    store.pack()
+    with pytest.raises(ValueError, match="0 tokens are new, not 1"):
+        store.write_new("mass", torch.full((1, 2, 1), 9.0))
+
+
+def test_records_may_come_from_another_device():
+    rows, where = torch.zeros(4, device="meta"), torch.tensor([1, 2], device="meta")
+    put(rows, where, torch.ones(1, 2, 1, dtype=torch.uint8))

@@ -12,7 +12,7 @@ import torch
 from scenarios import HOW, METHODS, REPRESENTATIVE, generate, policy, same, sieve, stock_output
 
 import models
-from kvsieve import attended, attention, get_policy
+from kvsieve import SieveCache, attended, attention, get_policy
 
 AT_ONCE = ("greedy", "beam", "sample", "return_sequences")
 """Ways of calling that read the prompt in one forward pass."""
@@ -59,6 +59,20 @@ def test_attention_counted_on_the_way_through_a_prompt(name, how, monkeypatch):
     )
     check("llama", how, policy(name), exact=False)
     assert max(passes) > 1
+
+
+def test_counting_does_not_stand_in_the_way_of_gradients_of_values(monkeypatch):
+    """Where nothing but the projection of values is trained, queries need none."""
+    monkeypatch.setattr(attention, "MANY_LOGITS", 1)
+    gradients = []
+    for model, cache in ((models.build("llama"), None), (models.build("llama"), "h2o")):
+        model.requires_grad_(False)
+        weight = model.model.layers[0].self_attn.v_proj.weight.requires_grad_()
+        held = None if cache is None else SieveCache(model, policy(cache))
+        with torch.enable_grad():
+            logits = model(input_ids=torch.arange(3, 15)[None], past_key_values=held).logits
+            gradients.append(torch.autograd.grad(logits[:, -1].square().sum(), weight)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-3)
 
 
 def test_counting_does_not_stand_in_the_way_of_gradients(monkeypatch):

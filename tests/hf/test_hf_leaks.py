@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import oracle
 import pytest
@@ -48,6 +50,38 @@ def test_interleaved_sequences_under_one_policy(name):
     for i in range(2):
         torch.testing.assert_close(torch.cat(pieces[i], 1), want[i], rtol=0, atol=1e-5)
         same_state(together[i], apart[i])
+
+
+@pytest.mark.parametrize("name", ["full", "h2o", "adakv_snapkv", "evict3r"])
+def test_a_cache_that_is_deleted_frees_its_memory_at_once(name):
+    model, (ids, _) = models.managed("llama"), texts()
+    cache = SieveCache(model, policy(name, 8))
+    feed(model, cache, ids)
+    twin = copy.deepcopy(cache)
+    held = [weakref.ref(layer.core.store) for each in (cache, twin) for layer in each.managed]
+    gc.collect()
+    gc.disable()
+    try:
+        del cache, twin
+        assert all(store() is None for store in held)
+    finally:
+        gc.enable()
+
+
+def test_a_cache_filled_in_inference_mode_is_looked_at_outside(tmp_path):
+    model, (ids, _) = models.managed("llama"), texts()
+    with torch.inference_mode():
+        cache, other = (SieveCache(model, policy("h2o", 8)) for _ in range(2))
+        for each in (cache, other):
+            model(input_ids=ids[:, :20], past_key_values=each)
+            for i in range(20, 25):
+                model(input_ids=ids[:, i : i + 1], past_key_values=each)
+        want = [other.kept_positions(i) for i in other.report()["managed_layers"]]
+    cache.save(str(tmp_path / "cache.safetensors"))
+    assert cache.report()["bytes_held"]
+    for i, kept in zip(cache.report()["managed_layers"], want, strict=True):
+        assert torch.equal(cache.kept_positions(i), kept)
+    cache.reorder_cache(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("name", ["full", "h2o", "adakv_snapkv", "kvzap", "expected_attention"])
