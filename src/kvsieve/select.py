@@ -125,7 +125,7 @@ def weakest(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
 
 
 def _weakest(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
-    """`lowest_slot` for a processor, in few and cheap steps: a full cache asks once per layer and token."""
+    """`lowest_slot` for a processor, in few and cheap steps: a full cache asks for every token."""
     worth = scores.detach().numpy().copy()
     np.copyto(worth, np.inf, where=closed.numpy())
     slots = worth.argmin(-1)
