@@ -42,7 +42,6 @@ class AttendedLayer:
         self.scale: float | None = None
         self.softcap: float | None = None
         self.sinks: Tensor | None = None
-        self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -73,11 +72,19 @@ class AttendedLayer:
     def attend(self, queries: Tensor, visibility: Visibility) -> Tensor:
         """Attention of `queries` `[B, H, T, D]` over everything held, `[B, H, T, Dv]`."""
         self.mark_padding(visibility)
-        offset, visible = self.visible(visibility)
+        return self.attend_visible(queries, *self.visible(visibility))
+
+    def counting(self, visible: Visible | None, *tensors: Tensor) -> str:
+        """How the scorer wants attention counted on the way (`Scorer.collects`); empty where that is not asked for, or
+        not to be had. `tensors`: queries, keys and values."""
+        able = visible is None and self.policy.evicts and not needs_gradient(*tensors)
+        return self.policy.scorer.collects if able else ""
+
+    def attend_visible(self, queries: Tensor, offset: int | None, visible: Visible | None) -> Tensor:
+        """`attend`, from what `visible` has said."""
         keys, ragged = self.attended_keys(), not isinstance(self.store, DenseStore)
         values = self.store.columns[VALUE] if ragged else self.store.read(VALUE)
-        counts = visible is None and self.policy.evicts and not needs_gradient(queries, keys, values)
-        reduce = self.policy.scorer.collects if counts else ""
+        reduce = self.counting(visible, queries, keys, values)
         if isinstance(self.store, DenseStore):
             if reduce:
                 out, mass = attend_and_count(

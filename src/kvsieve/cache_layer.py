@@ -103,9 +103,7 @@ class SieveLayer(CacheLayerMixin):
             )
         core.mark_padding(visibility)
         offset, visible = core.visible(visibility)
-        counts = core.policy.evicts and bool(core.policy.scorer.collects)
-        counted = counts and visible is None and _best_counted(query, core.store.longest)
-        counted = counted and not attention.needs_gradient(query, key, value)
+        counted = bool(core.counting(visible, query, key, value)) and _best_counted(query, core.store.longest)
         if isinstance(core.store, DenseStore) and softcap is None and s_aux is None and not counted:
             keys, values = core.attended_keys(), core.store.read(VALUE)
             seen = self._mask(visibility.count, offset, visible)
@@ -118,7 +116,7 @@ class SieveLayer(CacheLayerMixin):
                     seen = seen.repeat_interleave(group, dim=1)
                 out = hf.stock_sdpa(module, query, keys, values, seen, scaling=scaling, **kwargs)
         else:
-            out = core.attend(query, visibility).transpose(1, 2).contiguous()
+            out = core.attend_visible(query, offset, visible).transpose(1, 2).contiguous()
         self._awaiting = False
         core.observe(query, visibility, self.hidden, hold=self.record_past)
         self.hidden = None

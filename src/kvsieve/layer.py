@@ -16,7 +16,7 @@ from torch import Tensor
 from . import placement
 from .attended import AttendedLayer, per_head
 from .errors import UnsupportedOperationError
-from .joint import LayerGroup
+from .joint import LayerGroup, Members
 from .ledger import KEY, KIND, PLACE, POSITION, SEGMENT, VALUE
 from .policy import Policy
 from .rope import Rotary
@@ -74,10 +74,10 @@ class KVLayer(AttendedLayer):
         self.layer_idx, self.rank, self.n_layers, self._room = layer_idx, rank, n_layers, room
         self.group = None if not policy.joint else LayerGroup() if group is None else group
         self.steps = steps if self.group is None else None
-        for together in (self.group, self.steps):
-            if together is not None:
-                together.join(self)
+        if self._together is not None:
+            self._together.join(self)
         super().__init__(policy, positions, rope, window)
+        self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -88,9 +88,13 @@ class KVLayer(AttendedLayer):
         self.new_keys = _NOTHING
         self._pending: _Forward | None = None
         self._latest: _Forward | None = None
-        for together in (self.group, self.steps):
-            if together is not None:
-                together.forget(self)
+        if self._together is not None:
+            self._together.forget(self)
+
+    @property
+    def _together(self) -> Members | None:
+        """The layers that this one waits for: at every decision, at decode steps, or never."""
+        return self.steps if self.group is None else self.group
 
     @property
     def fitted(self) -> bool:
@@ -109,9 +113,8 @@ class KVLayer(AttendedLayer):
         own = ("store", "state", "pads", "first", "new_keys", "_pending", "_latest", "_collected", "group", "steps")
         for name in own:
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        for together in (twin.group, twin.steps):
-            if together is not None:
-                together.join(twin)
+        if twin._together is not None:
+            twin._together.join(twin)
         return twin
 
     # ---- the three calls of a host
@@ -213,6 +216,10 @@ class KVLayer(AttendedLayer):
         layers, this one has nothing to settle, while those before it hold the very same pass back."""
         if self._pending is not None:
             self.commit() if self.group is None else self.group.commit()
+        self._settle_step()
+
+    def _settle_step(self) -> None:
+        """Have a decode step decided now that an interrupted pass has left undecided."""
         if self.steps is not None and self.steps.waits(self):
             self.steps.flush()
 
@@ -242,8 +249,7 @@ class KVLayer(AttendedLayer):
 
     def cut(self, view: LayerView, counts: Tensor | None = None) -> None:
         """Let go of what the policy does not keep; `counts` as in `Policy.keep`."""
-        verdict = one_out(self.policy, [view], [self.store])[0] if counts is None else (False, None)
-        self.carry_out(verdict, view, counts)
+        self.carry_out(one_out(self.policy, [view], [self.store])[0], view, counts)
 
     def carry_out(self, verdict: Verdict, view: LayerView, counts: Tensor | None = None) -> None:
         """`cut`, once `steps.one_out` has given its verdict."""
@@ -288,8 +294,7 @@ class KVLayer(AttendedLayer):
         if count <= 0 or not self.seen:
             self.commit()
             return
-        if self.steps is not None and self.steps.waits(self):
-            self.steps.flush()  # an interrupted pass has left this one undecided
+        self._settle_step()
         forward = self._pending
         held_back = forward.visibility.count if forward is not None else 0
         if count > self.seen:

@@ -115,10 +115,10 @@ class RaggedStore(Store):
             self.settle()
         need = self._lengths + count
         self._room -= count
-        if self._room < 0 and (need > self._capacities).any():
-            roomy = need + max(spare(int(need.sum())) // need.size, MIN_SPARE // 2)
-            self._relayout(roomy if limit is None else np.maximum(need, roomy.clip(max=limit)))
         if self._room < 0:
+            if (need > self._capacities).any():
+                roomy = need + max(spare(int(need.sum())) // need.size, MIN_SPARE // 2)
+                self._relayout(roomy if limit is None else np.maximum(need, roomy.clip(max=limit)))
             self._room = int((self._capacities - need).min())
         where = self._offsets + self._lengths
         if self._gaps is not None:
@@ -207,11 +207,6 @@ class RaggedStore(Store):
             return column.numpy()[where]
         return column[torch.from_numpy(where).to(column.device)].cpu().numpy()
 
-    @property
-    def offsets(self) -> Integers:
-        """`[B * Hkv]` flat slot where every head begins."""
-        return self._offsets
-
     def at(self, name: str, slots: Tensor) -> Tensor:
         return self.columns[name][slots + self._shaped(self._offsets)[..., 0]]
 
@@ -270,5 +265,5 @@ def look_up(stores: Sequence[Store], position: int, name: str) -> tuple[Integers
     where = hits.reshape(len(stores), -1)
     where[1:] -= ends[:-1, None]
     entries = [store.entries(name, flat) for store, flat in zip(ragged, where, strict=True)]
-    offsets = np.stack([store.offsets for store in ragged])
+    offsets = np.stack([store._offsets for store in ragged])
     return (where - offsets).reshape(shape), np.stack(entries).reshape(shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ScoreError
 
-__all__ = ["check_scores", "check_shape", "lowest_slot", "top_mask", "top_mask_naive", "weakest"]
+__all__ = ["check_scores", "check_shape", "lowest_slot", "top_mask", "top_mask_naive"]
 
 
 def check_scores(scores: Tensor, positions: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -110,28 +110,12 @@ def _largest(values: Tensor, ranks: Tensor) -> Tensor:
 def lowest_slot(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
     """`[B, Hkv]` slot of the lowest score of every head among slots that are not `closed`; the oldest among equals.
     Scores are as `check_scores` returns them."""
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _weakest(scores, positions, closed)
-    return _lowest_slot(scores, positions, closed)
-
-
-def weakest(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
-    """`lowest_slot` of scores as they come from a scorer, with the errors of `check_scores`."""
-    check_shape(scores, positions)
-    wide = scores.dtype in (torch.float32, torch.float64)
-    if wide and scores.device.type == "cpu" and not np.isnan(scores.detach().numpy().min()):
-        return _weakest(scores, positions, closed)
-    return lowest_slot(check_scores(scores, positions), positions, closed)
-
-
-def _weakest(scores: Tensor, positions: Tensor, closed: Tensor) -> Tensor:
-    """`lowest_slot` for a processor, in few and cheap steps: a full cache asks for every token."""
-    worth = scores.detach().numpy().copy()
-    np.copyto(worth, np.inf, where=closed.numpy())
-    slots = worth.argmin(-1)
-    lowest = np.take_along_axis(worth, slots[..., None], -1)
-    if np.count_nonzero(worth == lowest) == slots.size and lowest.max() < np.inf:
-        return torch.from_numpy(slots)
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():  # in a third of the time
+        worth = scores.detach().numpy().copy()
+        np.copyto(worth, np.inf, where=closed.numpy())
+        lowest, slots = worth.min(-1, keepdims=True), worth.argmin(-1)
+        if np.count_nonzero(worth == lowest) == slots.size and lowest.max() < np.inf:
+            return torch.from_numpy(slots)
     return _lowest_slot(scores, positions, closed)
 
 

@@ -20,7 +20,7 @@ from .budgets import EvictRatio, Ratio, Threshold
 from .joint import Members
 from .ragged import look_up
 from .scorer import SCORE, StaticScorer
-from .select import check_shape, weakest
+from .select import check_scores, check_shape, lowest_slot
 from .store import Store
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def one_out(policy: Policy, views: Sequence[LayerView], stores: Sequence[Store])
         if isinstance(policy.budget, Threshold):
             decided = _judged(policy, some, theirs, policy.budget.value)
         else:
-            decided = [(True, slots) for slots in _weakest(policy, some)]
+            decided = [(True, slots) for slots in _lowest(policy, some)]
         for index, verdict in zip(alike, decided, strict=True):
             verdicts[index] = verdict
     return [_KEEP_DECIDES if verdict is None else verdict for verdict in verdicts]
@@ -124,15 +124,12 @@ def _of_one_shape(indices: Sequence[int], views: Sequence[LayerView], stores: Se
     return groups.values()
 
 
-def _weakest(policy: Policy, views: Sequence[LayerView]) -> Sequence[Tensor]:
+def _lowest(policy: Policy, views: Sequence[LayerView]) -> Sequence[Tensor]:
     """Where a number of tokens may stay: `[B, Hkv]` slots of the one with the lowest score, for every view."""
-    scores = [policy.scorer.score(view) for view in views]
-    if len(views) == 1:
-        return [weakest(scores[0], views[0].positions, views[0].protected)]
-    scores = [check_shape(score, view.positions) for score, view in zip(scores, views, strict=True)]
     positions = torch.cat([view.positions for view in views])
+    scores = torch.cat([check_shape(policy.scorer.score(view), view.positions) for view in views])
     protected = policy.protect.by_position(positions, views[0].seen)
-    return weakest(torch.cat(scores), positions, protected).split(views[0].positions.shape[0])
+    return lowest_slot(check_scores(scores, positions), positions, protected).split(views[0].positions.shape[0])
 
 
 def _judged(policy: Policy, views: Sequence[LayerView], stores: Sequence[Store], threshold: float) -> list[Verdict]:

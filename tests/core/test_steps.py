@@ -197,8 +197,8 @@ def test_a_token_of_an_interrupted_pass_is_taken_back():
 
 def test_all_layers_are_decided_on_at_once(monkeypatch):
     """What makes it fast; and in between no layer moves a token into the slot of another."""
-    calls, choose = [], steps.weakest
-    monkeypatch.setattr(steps, "weakest", lambda *a: calls.append(a[0].shape[0]) or choose(*a))
+    calls, choose = [], steps.lowest_slot
+    monkeypatch.setattr(steps, "lowest_slot", lambda *a: calls.append(a[0].shape[0]) or choose(*a))
     moves, settle = [], DenseStore.settle
     monkeypatch.setattr(DenseStore, "settle", lambda self: moves.append(self._gaps is not None) or settle(self))
     together, _ = twins(policies("h2o")[0])
@@ -210,8 +210,8 @@ def test_all_layers_are_decided_on_at_once(monkeypatch):
 
 
 def test_layers_of_different_length_decide_for_themselves(monkeypatch):
-    calls, choose = [], steps.weakest
-    monkeypatch.setattr(steps, "weakest", lambda *a: calls.append(a[0].shape) or choose(*a))
+    calls, choose = [], steps.lowest_slot
+    monkeypatch.setattr(steps, "lowest_slot", lambda *a: calls.append(a[0].shape) or choose(*a))
     together, alone = twins(kvsieve.get_policy("h2o", budget=12, window_size=2, share=Pyramid(beta=4, window=2)))
     together.feed(30)
     alone.feed(30)
